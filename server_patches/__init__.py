@@ -1,0 +1,1 @@
+"""Everything that knows SGLang's internals: hook targets, their shapes, and the portable CPU kernels."""

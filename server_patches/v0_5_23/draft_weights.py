@@ -1,0 +1,62 @@
+"""The live draft's parameters: shadows filled by SGLang's own loader, then copied in place between two steps.
+
+In-place copies keep CUDA graphs valid. The embedding is the target's and is never part of a swap.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+Shadows = dict[str, torch.Tensor]
+_SHARED = ("embed_tokens",)
+
+
+class LiveDraft:
+    """``EagleDraftWorker``'s model on this rank, sharded as SGLang sharded it."""
+
+    def __init__(self, draft_worker: Any) -> None:
+        self._worker = draft_worker
+        self._model = draft_worker.draft_runner.model
+
+    def load_shadows(self, tensors: dict[str, torch.Tensor]) -> Shadows:
+        """This rank's part of a checkpoint on the draft's device, in the live parameters' layout.
+
+        ``LlamaForCausalLMEagle3.load_weights`` runs on stand-ins for the live parameters, so stacking and TP
+        sharding are SGLang's. Safe beside serving: it only reads the live model's shapes.
+        """
+        stand_in = _StandIn(self._swappable())
+        type(self._model).load_weights(stand_in, tensors.items())
+        shadows = {name: p.data for name, p in stand_in.parameters.items()}
+        if stand_in.hot_token_id is not None:
+            shadows["hot_token_id"] = stand_in.hot_token_id.to(self._worker.device)
+        return shadows
+
+    def copy_in(self, shadows: Shadows) -> None:
+        """Make the shadows the live weights; between two steps only."""
+        live = {name: p.data for name, p in self._swappable()}
+        if self._worker.hot_token_id is not None:
+            # The captured draft graph indexes this very tensor; the model's own copy is read at start only.
+            live["hot_token_id"] = self._worker.hot_token_id
+        names = [name for name in live if name in shadows]
+        with torch.no_grad():
+            torch._foreach_copy_([live[n] for n in names], [shadows[n] for n in names])
+
+    def _swappable(self) -> list[tuple[str, nn.Parameter]]:
+        return [(n, p) for n, p in self._model.named_parameters() if not any(s in n for s in _SHARED)]
+
+
+class _StandIn:
+    """What ``load_weights`` reads of a model: parameters with their loaders, and a place for the token map."""
+
+    def __init__(self, live: Iterable[tuple[str, nn.Parameter]]) -> None:
+        self.hot_token_id: torch.Tensor | None = None
+        self.parameters: dict[str, nn.Parameter] = {}
+        for name, parameter in live:
+            shadow = nn.Parameter(torch.empty_like(parameter.data), requires_grad=False)
+            shadow.__dict__.update(parameter.__dict__)  # weight_loader, output_dim and their like
+            self.parameters[name] = shadow
+
+    def named_parameters(self) -> Iterable[tuple[str, nn.Parameter]]:
+        return self.parameters.items()

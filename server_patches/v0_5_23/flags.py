@@ -1,0 +1,123 @@
+"""``--enable-draft-training`` and its group: argparse flags made from the settings model, and what they imply."""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from sglang.srt.plugins.hook_registry import HookRegistry
+
+from server_patches.targets import IncompatibleSGLang
+from sglang_specforge.checkpoint import FINGERPRINT_KEY, CheckpointError, init_draft, load_config
+from sglang_specforge.settings import DraftTrainingSettings, Run, SettingsError, load_settings
+from sglang_specforge.target import TargetError, fingerprint_target, load_target_config, resolve_target
+
+_PREFIX = "draft_training_"
+_DEFAULT_STEPS, _DEFAULT_TOPK = 3, 1
+
+
+def add_flags(result: None, parser: argparse.ArgumentParser) -> None:
+    """AFTER ``ServerArgs.add_cli_args(parser)``."""
+    group = parser.add_argument_group(
+        "draft training", "Train the draft on what this server computes, while it serves."
+    )
+    group.add_argument("--enable-draft-training", action="store_true", help="Capture, train and hot-swap the draft.")
+    group.add_argument(
+        "--draft-training-config", type=Path, metavar="FILE", help="TOML or YAML file of the settings below; flags win."
+    )
+    for name, field in DraftTrainingSettings.model_fields.items():
+        group.add_argument(
+            f"--{(_PREFIX + name).replace('_', '-')}",
+            metavar=name.rpartition("_")[2].upper(),
+            help=f"{field.description} Default: {field.default}.".replace("%", "%%"),
+        )
+
+
+def consume_flags(cls: type, args: argparse.Namespace) -> None:
+    """BEFORE ``ServerArgs.from_cli_args(args)``: start a run, or change nothing. Exits with 2 on bad settings."""
+    given = {
+        name: value
+        for name in DraftTrainingSettings.model_fields
+        if (value := getattr(args, _PREFIX + name, None)) is not None
+    }
+    file = getattr(args, _PREFIX + "config", None)
+    try:
+        if getattr(args, "enable_draft_training", False):
+            _start_run(args, load_settings(given, file))
+        elif given or file:
+            flags = ", ".join(f"--{(_PREFIX + n).replace('_', '-')}" for n in ([*given] or ["config"]))
+            raise SettingsError(f"{flags} given without --enable-draft-training; add it, or leave them out")
+    except (SettingsError, TargetError, CheckpointError, IncompatibleSGLang) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def _start_run(args: argparse.Namespace, settings: DraftTrainingSettings) -> None:
+    from server_patches import v0_5_23
+
+    v0_5_23.check()
+    _refuse_contradictions(args)
+    folder = resolve_target(args.model_path)
+    target = load_target_config(folder)
+    dtype = settings.dtype
+    if dtype == "auto":
+        served = str(target.dtype).removeprefix("torch.") if args.dtype == "auto" else args.dtype
+        dtype = "float32" if served in ("float", "float32") else "bfloat16"
+    if args.speculative_draft_model_path is None:
+        args.speculative_draft_model_path = str(_own_draft(settings, folder, dtype))
+    _set_speculative_defaults(args)
+    sockets = Path(tempfile.mkdtemp(prefix="specforge-"))  # a Unix socket's path must stay under 108 bytes
+    Run(
+        settings=settings,
+        target_path=str(folder),
+        target_fingerprint=fingerprint_target(folder),
+        draft_path=str(resolve_target(args.speculative_draft_model_path)),
+        dtype=dtype,
+        spans_endpoint=f"ipc://{sockets}/spans",
+        control_endpoint=f"ipc://{sockets}/control",
+    ).export()
+    v0_5_23.register_launcher_hooks()
+    HookRegistry.apply_hooks()
+
+
+def _own_draft(settings: DraftTrainingSettings, target: Path, dtype: str) -> Path:
+    """The newest draft of this run folder, or a random one made now."""
+    versions = settings.run_dir.absolute() / "versions"
+    published = sorted(p.parent for p in versions.glob("*/config.json") if p.parent.name.isdigit())
+    draft = published[-1] if published else versions / "initial"
+    if not (draft / "config.json").exists():
+        init_draft(str(target), draft, draft_vocab_size=settings.draft_vocab_size, dtype=dtype, seed=settings.seed)
+    elif (found := load_config(draft).get(FINGERPRINT_KEY)) != (expected := fingerprint_target(target)):
+        raise SettingsError(
+            f"run folder {settings.run_dir} holds drafts of another target (fingerprint {found!r}, served {expected!r}); "
+            "give another --draft-training-run-dir"
+        )
+    return draft
+
+
+def _refuse_contradictions(args: argparse.Namespace) -> None:
+    algorithm = args.speculative_algorithm
+    if algorithm not in (None, "EAGLE3"):
+        raise SettingsError(f"--enable-draft-training trains EAGLE3 drafts, not --speculative-algorithm {algorithm}")
+    refused = {
+        "speculative_adaptive": "it changes draft depth by load",
+        "enable_return_aux_hidden_states": "it switches speculation off",
+        "enable_multi_layer_eagle": "only one-layer drafts are trained",
+    }
+    for name, why in refused.items():
+        if getattr(args, name, False):
+            raise SettingsError(f"--enable-draft-training does not go with --{name.replace('_', '-')}: {why}")
+    if (getattr(args, "pp_size", 1) or 1) > 1 or (getattr(args, "nnodes", 1) or 1) > 1:
+        raise SettingsError("--enable-draft-training runs on one node without pipeline parallelism; use --tp-size")
+    if (getattr(args, "tokenizer_worker_num", 1) or 1) > 1:
+        raise SettingsError("--enable-draft-training needs --tokenizer-worker-num 1")
+
+
+def _set_speculative_defaults(args: Any) -> None:
+    args.speculative_algorithm = "EAGLE3"
+    args.speculative_num_steps = args.speculative_num_steps or _DEFAULT_STEPS
+    args.speculative_eagle_topk = args.speculative_eagle_topk or _DEFAULT_TOPK
+    if args.speculative_num_draft_tokens is None:
+        nodes = args.speculative_num_steps * args.speculative_eagle_topk
+        args.speculative_num_draft_tokens = min(1 + nodes, 16)

@@ -1,0 +1,54 @@
+"""The HTTP process: the control service and its routes, for as long as SGLang's server runs."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+from sglang.srt.entrypoints import http_server
+from sglang.srt.managers.io_struct import SetInternalStateReq
+
+from sglang_specforge.control import ControlService, running
+from sglang_specforge.settings import Run
+
+
+def launch_with_draft_training(original: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND ``http_server.launch_server``: SGLang's app gets our routes and our service for its lifespan."""
+    app: FastAPI = http_server.app
+    service = ControlService(Run.inherited(), _SGLangEngine())
+    app.include_router(make_router(service))
+    inner = app.router.lifespan_context
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[Any]:
+        async with inner(app) as state, running(service):
+            yield state
+
+    app.router.lifespan_context = lifespan
+    return original(server_args, *args, **kwargs)
+
+
+def make_router(service: ControlService) -> APIRouter:
+    """``/draft/*``, behind SGLang's own authentication middleware like every route of its app."""
+    router = APIRouter(prefix="/draft", tags=["draft training"])
+
+    @router.get("/status")
+    async def status() -> dict[str, Any]:
+        """Versions, tokens by fate, acceptance length overall and by version, and the trainer's state."""
+        return await service.status()
+
+    return router
+
+
+class _SGLangEngine:
+    """``control.Engine`` on SGLang's tokenizer manager, which broadcasts to every scheduler."""
+
+    async def set_state(self, key: str, value: int) -> bool:
+        return all(await self._manager.set_internal_state(SetInternalStateReq(server_args={key: value})))
+
+    async def get_states(self) -> list[dict[str, Any]]:
+        return await self._manager.get_internal_state()
+
+    @property
+    def _manager(self) -> Any:
+        return http_server._global_state.tokenizer_manager

@@ -1,0 +1,164 @@
+"""Inside a scheduler process: reading target states after each pass, and swapping the draft between two steps.
+
+Shapes: B requests, N rows, R rows a request (longest path through a draft tree), H hidden.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
+from sglang.srt.layers.logits_processor import LogitsProcessor
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.managers.scheduler_components.internal_state import UpdateRejected, _UpdateHandler
+from sglang.srt.runtime_context import get_parallel
+
+from server_patches.v0_5_23.draft_weights import LiveDraft
+from sglang_specforge.draft_bank import DraftBank
+from sglang_specforge.export.entry import CapturedRequest, HostCopier, VerifyMeta
+from sglang_specforge.export.exporter import Exporter
+from sglang_specforge.settings import Run
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class DraftTraining:
+    """What draft training keeps in this scheduler process."""
+
+    bank: DraftBank
+    exporter: Exporter | None  # on one rank of each attention-TP group
+    copier: HostCopier | None
+
+
+_this: DraftTraining | None = None
+
+
+def attach(result: None, worker: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER ``EAGLEWorkerV2.__init__``: before CUDA graphs are captured, so that last hidden is one of their outputs."""
+    global _this
+    run = Run.inherited()
+    model = worker.target_worker.model_runner.model
+    processors = [m for m in model.modules() if isinstance(m, LogitsProcessor)]
+    if not processors:
+        raise RuntimeError(f"draft training: the target {type(model).__name__} has no LogitsProcessor to capture from")
+    for processor in processors:
+        processor.keep_last_hidden_states = True
+
+    exporter = copier = None
+    if get_parallel().attn_tp_rank == 0:
+        device = torch.device(worker.device)
+        exporter = Exporter(run.spans_endpoint, run.settings.ring_mb << 20, pinned=device.type == "cuda")
+        copier = HostCopier(exporter.ring, device)
+        exporter.start()
+    bank = DraftBank(LiveDraft(worker.draft_worker), run)
+    _this = DraftTraining(bank, exporter, copier)
+
+
+def around_prefill(original: Any, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    """AROUND ``EAGLEWorkerV2._forward_prefill_batch``, which replaces ``batch.input_ids`` by the draft's."""
+    tokens_N = batch.input_ids
+    result = original(worker, batch, *args, **kwargs)
+    if _this.exporter is not None and not batch.forward_mode.is_idle():
+        output = result.logits_output
+        spans = zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True)
+        _capture([_describe(*span) for span in spans], output.hidden_states, output.last_hidden_states, tokens_N)
+        _watch(batch.reqs)
+    return result
+
+
+def after_verify(result: Any, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+    """AFTER ``EAGLEWorkerV2.verify``: rows of the accepted paths, the same number for every request."""
+    if _this.exporter is None or batch.forward_mode.is_idle():
+        return
+    path_BR = result.accept_index.long().clamp(min=0)
+    B, R = path_BR.shape
+    drafted_BN = batch.spec_info.draft_token.view(B, -1)
+    aux_BN3H = result.logits_output.hidden_states.view(B, drafted_BN.shape[1], -1)
+    # SGLang has moved a tree's accepted path to the front of the aux states, but not of the last hidden states.
+    aux_N3H = aux_BN3H[:, :R].reshape(B * R, -1)
+    last_NH = result.logits_output.last_hidden_states[path_BR.view(-1)]
+    tokens_N = drafted_BN.reshape(-1)[path_BR.view(-1)]
+    proposed_B = drafted_BN[:, 1] if drafted_BN.shape[1] > 1 else torch.full_like(drafted_BN[:, 0], -1)
+    meta = VerifyMeta(R, batch.seq_lens, result.accept_lens, proposed_B)
+    _capture([_describe(r) for r in batch.reqs], aux_N3H, last_NH, tokens_N, meta)
+
+
+def after_abort(result: None, scheduler: Any, abort_req: Any, req: Any) -> None:
+    """AFTER ``Scheduler.send_abort_output``: the one way to end for requests that are not running."""
+    if _this is not None and _this.exporter is not None:
+        _this.exporter.watch(_Watched(req, ended=True))
+
+
+def add_handlers(handlers: dict[str, Any], controller: Any) -> dict[str, Any]:
+    """AFTER ``_update_handlers``: numbers that reach every TP rank in the same scheduler iteration."""
+    if _this is None:
+        return handlers
+    return handlers | {
+        "draft_training_stage": _UpdateHandler(
+            lambda key, value: None, lambda key, value: _this.bank.stage(int(value))
+        ),
+        "draft_training_activate": _UpdateHandler(
+            _validate_activation, lambda key, value: _this.bank.activate(int(value))
+        ),
+    }
+
+
+def add_state(result: None, controller: Any, state: dict[str, Any]) -> None:
+    """AFTER ``_add_speculative``: this rank's share of ``GET /draft/status``."""
+    if _this is not None:
+        export = _this.exporter.counters() if _this.exporter else None
+        state["draft_training"] = {"bank": _this.bank.status(), "export": export}
+
+
+def _validate_activation(key: str, value: Any) -> None:
+    """All TP ranks swap or none: a rank that is not ready holds the others back, for this attempt."""
+    ready = torch.tensor(int(_this.bank.is_staged(int(value))))
+    torch.distributed.all_reduce(ready, torch.distributed.ReduceOp.MIN, group=get_parallel().tp_group.cpu_group)
+    if not ready:
+        raise UpdateRejected(f"draft version {int(value)} is not staged on every rank")
+
+
+def _capture(
+    requests: list[CapturedRequest],
+    aux_N3H: torch.Tensor,
+    last_NH: torch.Tensor,
+    tokens_N: torch.Tensor,
+    verify: VerifyMeta | None = None,
+) -> None:
+    states = {"aux_N3H": aux_N3H, "last_NH": last_NH}
+    _this.exporter.capture(_this.copier.copy(requests, _this.bank.active_version, states, tokens_N, verify))
+
+
+def _describe(req: Any, start: int = 0, length: int = 0) -> CapturedRequest:
+    return CapturedRequest(
+        rid=req.rid,
+        prompt_tokens=len(req.origin_input_ids),
+        cached_tokens=req.cached_tokens,
+        start=start,
+        length=length,
+        skipped=req.finished() or req.rid.startswith(HEALTH_CHECK_RID_PREFIX),
+    )
+
+
+def _watch(reqs: list[Any]) -> None:
+    for req in reqs:
+        if not req.rid.startswith(HEALTH_CHECK_RID_PREFIX):
+            _this.exporter.watch(_Watched(req))
+
+
+class _Watched:
+    """``export.exporter.WatchedRequest`` on SGLang's ``Req``; read from the exporter thread."""
+
+    def __init__(self, req: Any, ended: bool = False) -> None:
+        self.rid, self._req, self._ended = req.rid, req, ended
+
+    def is_finished(self) -> bool:
+        return self._ended or self._req.finished()
+
+    def is_aborted(self) -> bool:
+        return self._ended or isinstance(self._req.finished_reason, FINISH_ABORT)
+
+    def total_tokens(self) -> int:
+        return len(self._req.origin_input_ids) + len(self._req.output_ids_through_stop)

@@ -1,0 +1,1 @@
+"""What crosses processes: messages and their layout on the wire."""

@@ -1,0 +1,58 @@
+"""Small messages from the trainer to the server (msgpack over ZMQ PUSH/PULL)."""
+
+import msgspec
+
+
+class TokenLedger(msgspec.Struct, kw_only=True):
+    """Where the tokens of a stream went. received = trained + held_out + buffered + dropped, at any time."""
+
+    received: int = 0
+    trained: int = 0
+    held_out: int = 0
+    buffered: int = 0
+    dropped: dict[str, int] = {}
+
+    def drop(self, reason: str, tokens: int) -> None:
+        if tokens:
+            self.dropped[reason] = self.dropped.get(reason, 0) + tokens
+
+
+class Parity(msgspec.Struct, kw_only=True):
+    """Step-0 top-1 tokens that the served weights give in the trainer, against those the live worker proposed."""
+
+    compared: int = 0
+    agreed: int = 0
+
+
+class Heartbeat(msgspec.Struct, tag="heartbeat", kw_only=True):
+    """What the trainer is doing."""
+
+    pid: int
+    state: str  # starting, waiting, training
+    step: int
+    version: int  # last one published
+    loss: float | None
+    held_out_acceptance_length: float | None  # predicted from held-out samples, greedy chain
+    ledger: TokenLedger
+    parity: Parity
+    resumed_from_step: int
+
+
+class VersionReady(msgspec.Struct, tag="version_ready", kw_only=True):
+    """A version lies in the run's folder of versions."""
+
+    version: int
+    step: int
+
+
+ControlMessage = Heartbeat | VersionReady
+_decoder = msgspec.msgpack.Decoder(ControlMessage)
+
+
+def encode(message: ControlMessage) -> bytes:
+    return msgspec.msgpack.encode(message)
+
+
+def decode(data: bytes) -> ControlMessage:
+    """Raises msgspec.MsgspecError for anything else."""
+    return _decoder.decode(data)

@@ -1,0 +1,178 @@
+"""The server's control service: hears the trainer, has versions staged and swapped, and answers for the status.
+
+It runs as tasks of the HTTP server's event loop, so nothing here may block; the schedulers do the loading and
+copying themselves (``draft_bank``).
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from typing import Any, Protocol
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from sglang_specforge.contracts import control
+from sglang_specforge.settings import Run
+from sglang_specforge.supervisor import TrainerSupervisor
+
+logger = logging.getLogger(__name__)
+
+_SWAP_POLL_S = 0.05
+_STAGE_LIMIT_S = 120.0
+_SILENT_S = 10.0  # a trainer not heard of for so long is shown as lagging
+
+
+class Engine(Protocol):
+    """What the service asks of the serving engine; both reach every scheduler."""
+
+    async def set_state(self, key: str, value: int) -> bool: ...
+    async def get_states(self) -> list[dict[str, Any]]: ...
+
+
+class ControlService:
+    """One per server."""
+
+    def __init__(self, run: Run, engine: Engine) -> None:
+        self._run, self._engine = run, engine
+        self._supervisor = TrainerSupervisor(run) if run.settings.trainer == "spawn" else None
+        self._heartbeat: control.Heartbeat | None = None
+        self._heard_at: float | None = None
+        self._announced: asyncio.Queue[int] = asyncio.Queue()
+        self._unreadable = 0
+        self._failed_swaps: dict[int, str] = {}
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._listen())
+            tasks.create_task(self._swap_announced())
+            if self._supervisor is not None:
+                tasks.create_task(self._supervisor.keep_alive())
+
+    def announce(self, version: int) -> None:
+        """Queue a version of the run's folder for staging and swapping."""
+        self._announced.put_nowait(version)
+
+    async def status(self) -> dict[str, Any]:
+        """The answer of ``GET /draft/status``."""
+        ranks = [state["draft_training"] for state in await self._engine.get_states() if "draft_training" in state]
+        exports = [rank["export"] for rank in ranks if rank["export"]]
+        acceptance = _acceptance(exports)
+        ledger = self._heartbeat.ledger if self._heartbeat else control.TokenLedger()
+        captured, sent = (sum(export[key] for export in exports) for key in ("captured", "sent"))
+        dropped = _add_up([export["dropped"] for export in exports] + [ledger.dropped])
+        return {
+            "target_fingerprint": self._run.target_fingerprint,
+            "draft": {**ranks[0]["bank"], "failed_swaps": {str(v): why for v, why in self._failed_swaps.items()}},
+            "acceptance_length": acceptance.pop("all", None),
+            "acceptance_length_by_version": acceptance,
+            "tokens": {
+                "captured": captured,
+                "trained": ledger.trained,
+                "held_out": ledger.held_out,
+                "buffered": ledger.buffered,
+                "in_flight": sent - ledger.received,
+                "dropped": dropped,
+            },
+            "export": exports,
+            "trainer": self._trainer_status(),
+        }
+
+    def _trainer_status(self) -> dict[str, Any]:
+        silent_s = None if self._heard_at is None else time.monotonic() - self._heard_at
+        beat = msgspec.to_builtins(self._heartbeat) if self._heartbeat else {"state": "starting"}
+        if silent_s is not None and silent_s > _SILENT_S:
+            beat["state"] = "silent"
+        process = self._supervisor.status() if self._supervisor else None
+        return {**beat, "process": process, "silent_s": silent_s, "unreadable_messages": self._unreadable}
+
+    async def _listen(self) -> None:
+        context = zmq.asyncio.Context()
+        socket = context.socket(zmq.PULL)
+        socket.bind(self._run.control_endpoint)
+        try:
+            while True:
+                data = await socket.recv()
+                try:
+                    message = control.decode(data)
+                except msgspec.MsgspecError as error:
+                    self._unreadable += 1
+                    logger.warning("draft training: a control message cannot be read: %s", error)
+                    continue
+                if isinstance(message, control.VersionReady):
+                    self.announce(message.version)
+                else:
+                    self._heartbeat, self._heard_at = message, time.monotonic()
+        finally:
+            socket.close(linger=0)
+            context.term()
+
+    async def _swap_announced(self) -> None:
+        while True:
+            version = await self._announced.get()
+            while not self._announced.empty():
+                version = self._announced.get_nowait()  # only the newest is worth a swap
+            try:
+                await asyncio.wait_for(self._swap(version), _STAGE_LIMIT_S)
+            except (SwapRefused, TimeoutError) as error:
+                self._failed_swaps[version] = str(error) or f"not staged on every rank within {_STAGE_LIMIT_S:.0f} s"
+                logger.error("draft training: version %d stays out: %s", version, self._failed_swaps[version])
+
+    async def _swap(self, version: int) -> None:
+        """Have every rank load the version, then activate it on all of them in one scheduler iteration."""
+        await self._engine.set_state("draft_training_stage", version)
+        while True:
+            await asyncio.sleep(_SWAP_POLL_S)
+            banks = [state["draft_training"]["bank"] for state in await self._engine.get_states()]
+            for bank in banks:
+                if reason := bank["refused"].get(str(version)):
+                    raise SwapRefused(reason)
+            if not all(bank["staged_version"] == version for bank in banks):
+                continue
+            # One rank answers for its TP group; where another is still loading, all ranks decline alike.
+            if await self._engine.set_state("draft_training_activate", version):
+                return
+
+
+class SwapRefused(RuntimeError):
+    """A rank found the version unusable."""
+
+
+@contextlib.asynccontextmanager
+async def running(service: ControlService) -> Any:
+    """Run the service beside the body; serving goes on if it breaks."""
+    task = asyncio.create_task(service.run(), name="specforge-control")
+    task.add_done_callback(_log_failure)
+    try:
+        yield service
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError, BaseExceptionGroup):
+            await task
+
+
+def _log_failure(task: asyncio.Task) -> None:
+    if not task.cancelled() and task.exception():
+        logger.error("draft training: control service ended; serving goes on", exc_info=task.exception())
+
+
+def _acceptance(exports: list[dict[str, Any]]) -> dict[str, float]:
+    totals: dict[str, list[int]] = {}
+    for export in exports:
+        for version, (passes, tokens) in export["acceptance"].items():
+            for key in (version, "all"):
+                total = totals.setdefault(key, [0, 0])
+                total[0] += passes
+                total[1] += tokens
+    return {key: tokens / passes for key, (passes, tokens) in totals.items() if passes}
+
+
+def _add_up(counts: list[dict[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for count in counts:
+        for reason, tokens in count.items():
+            total[reason] = total.get(reason, 0) + tokens
+    return total

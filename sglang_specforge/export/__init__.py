@@ -1,0 +1,1 @@
+"""The server's side of the stream: host ring, capture entries, and the thread that sends them."""

@@ -1,0 +1,56 @@
+"""A bounded ring of host memory between the scheduler thread, which fills it, and the exporter thread, which empties it."""
+
+from collections import deque
+
+import torch
+
+_ALIGNMENT = 64
+
+
+class Region:
+    """A contiguous piece of the ring; ``bytes`` is its uint8 tensor."""
+
+    __slots__ = ("bytes", "end", "free")
+
+    def __init__(self, data: torch.Tensor, end: int) -> None:
+        self.bytes, self.end, self.free = data, end, False
+
+
+class HostRing:
+    """Hands out regions in order and takes them back in any order; memory returns in order.
+
+    One thread reserves and one releases. Each only writes its own of the two counters, so they share no lock.
+    """
+
+    def __init__(self, capacity_bytes: int, pinned: bool) -> None:
+        self._memory = torch.empty(capacity_bytes, dtype=torch.uint8, pin_memory=pinned)
+        self._reserved = 0  # bytes ever reserved, padding included; written by the reserving thread
+        self._released = 0  # bytes ever released; written by the releasing thread
+        self._regions: deque[Region] = deque()
+
+    @property
+    def capacity_bytes(self) -> int:
+        return self._memory.numel()
+
+    @property
+    def used_bytes(self) -> int:
+        return self._reserved - self._released
+
+    def reserve(self, nbytes: int) -> Region | None:
+        """A region of ``nbytes``, or None where there is no room for it now."""
+        size = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+        start = self._reserved % self.capacity_bytes
+        skipped = 0 if start + size <= self.capacity_bytes else self.capacity_bytes - start
+        if self.used_bytes + skipped + size > self.capacity_bytes:
+            return None
+        start = 0 if skipped else start
+        region = Region(self._memory[start : start + nbytes], self._reserved + skipped + size)
+        self._regions.append(region)
+        self._reserved = region.end
+        return region
+
+    def release(self, region: Region) -> None:
+        """Give a region back; from the releasing thread only."""
+        region.free = True
+        while self._regions and self._regions[0].free:
+            self._released = self._regions.popleft().end

@@ -1,0 +1,70 @@
+"""Keeps one trainer process alive beside the server, without ever depending on it."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import Any
+
+from sglang_specforge.settings import Run
+
+logger = logging.getLogger(__name__)
+
+_FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 1.0, 60.0
+_STABLE_S = 60.0  # a trainer that lived so long starts over with the first backoff
+
+
+class TrainerSupervisor:
+    """Spawns ``python -m trainer`` and restarts it with a growing pause."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._process: subprocess.Popen | None = None
+        self._restarts = 0
+        self._last_exit: str | None = None
+
+    async def keep_alive(self) -> None:
+        """Runs until cancelled; then the trainer is told to save and end."""
+        backoff_s = _FIRST_BACKOFF_S
+        try:
+            while True:
+                started = time.monotonic()
+                self._process = self._spawn()
+                code = await asyncio.to_thread(self._process.wait)
+                self._last_exit = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+                if time.monotonic() - started > _STABLE_S:
+                    backoff_s = _FIRST_BACKOFF_S
+                logger.warning("draft training: trainer ended (%s), next start in %.0f s", self._last_exit, backoff_s)
+                await asyncio.sleep(backoff_s)
+                backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
+                self._restarts += 1
+        finally:
+            self.stop()
+
+    def stop(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.terminate()
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(signal.SIGCONT)  # a stopped process would not see the request to end
+
+    def status(self) -> dict[str, Any]:
+        alive = self._process is not None and self._process.poll() is None
+        return {
+            "alive": alive,
+            "pid": self._process.pid if alive else None,
+            "restarts": self._restarts,
+            "last_exit": self._last_exit,
+        }
+
+    def _spawn(self) -> subprocess.Popen:
+        self._run.run_dir.mkdir(parents=True, exist_ok=True)
+        threads = str(self._run.settings.trainer_threads)
+        environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        with (self._run.run_dir / "trainer.log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "trainer"], env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )

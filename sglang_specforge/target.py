@@ -1,0 +1,82 @@
+"""What the plugin and the trainer read of the target's checkpoint: configuration, identity, embedding and head."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from transformers import AutoConfig, PretrainedConfig
+
+MIN_LAYERS = 8  # below, the default capture layers [2, n//2, n-3] of SGLang coincide
+_BLOCKS, _BLOCK_BYTES = 64, 4096
+
+
+class TargetError(ValueError):
+    """The target cannot be used; the message names the file or tensor and what is needed."""
+
+
+def resolve_target(model_path: str) -> Path:
+    """Local folder of a target given as a folder or as a Hugging Face repository."""
+    path = Path(model_path)
+    return path if path.is_dir() else Path(snapshot_download(model_path))
+
+
+def load_target_config(folder: Path) -> PretrainedConfig:
+    """Text configuration of the target; refuses targets too shallow for three distinct capture layers."""
+    config = AutoConfig.from_pretrained(folder).get_text_config()
+    if config.num_hidden_layers < MIN_LAYERS:
+        raise TargetError(
+            f"target {folder} has {config.num_hidden_layers} layers; EAGLE3 captures layers 2, n//2 and n-3, "
+            f"which needs at least {MIN_LAYERS}"
+        )
+    return config
+
+
+def fingerprint_target(folder: Path) -> str:
+    """Identity of the target's weights: sha256 (hex, 16 digits) over every safetensors header and sampled blocks.
+
+    Reads at most 256 KiB a file, so that it stays instant for targets of any size, yet two fine-tunes of one
+    base differ.
+    """
+    digest = hashlib.sha256()
+    for file in _weight_files(folder):
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            header_bytes = int.from_bytes(stream.read(8), "little")
+            digest.update(stream.read(header_bytes))
+            for block in range(_BLOCKS):
+                stream.seek(8 + header_bytes + block * max(0, size - 8 - header_bytes - _BLOCK_BYTES) // (_BLOCKS - 1))
+                digest.update(stream.read(_BLOCK_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def load_embedding_and_head(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """The target's input embedding and ``lm_head``, both [V, H] (the same tensor when tied)."""
+    embed_VH = _load_tensor(folder, "model.embed_tokens.weight")
+    if embed_VH is None:
+        raise TargetError(f"target {folder} has no tensor model.embed_tokens.weight")
+    head_VH = _load_tensor(folder, "lm_head.weight")
+    return embed_VH, embed_VH if head_VH is None else head_VH
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise TargetError(f"target {folder} has no *.safetensors file; draft training reads no other format")
+    return files
+
+
+def _load_tensor(folder: Path, name: str) -> torch.Tensor | None:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        file = json.loads(index.read_text())["weight_map"].get(name)
+        files = [folder / file] if file else []
+    else:
+        files = _weight_files(folder)
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            if name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
+                return tensors.get_tensor(name)
+    return None

@@ -1,0 +1,1 @@
+"""The draft trainer: a separate process that learns from what a running server computes."""
