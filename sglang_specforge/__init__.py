@@ -1,1 +1,1 @@
-"""A serving engine that improves its own speculative decoding while it serves: settings, wire, exporter, swap, status."""
+"""A serving engine that improves its own speculative decoding while it serves."""

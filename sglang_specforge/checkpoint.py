@@ -127,8 +127,8 @@ def load_checked(folder: Path, served: dict[str, Any], fingerprint: str) -> dict
     found = load_config(folder).get(FINGERPRINT_KEY)
     if found != fingerprint:
         raise CheckpointError(
-            f"draft checkpoint {folder}: target fingerprint {found!r} is not that of the served target {fingerprint!r}; "
-            "train it on this target"
+            f"draft checkpoint {folder}: target fingerprint {found!r} is not that of the served target "
+            f"{fingerprint!r}; train it on this target"
         )
     try:
         tensors = load_file(folder / "model.safetensors")
@@ -141,7 +141,8 @@ def load_checked(folder: Path, served: dict[str, Any], fingerprint: str) -> dict
     for name, shape in shapes.items():
         if tuple(tensors[name].shape) != shape:
             raise CheckpointError(
-                f"draft checkpoint {folder}: tensor {name} has shape {tuple(tensors[name].shape)}, the served draft {shape}"
+                f"draft checkpoint {folder}: tensor {name} has shape {tuple(tensors[name].shape)}, "
+                f"the served draft {shape}"
             )
         if tensors[name].is_floating_point() and not tensors[name].isfinite().all():
             raise CheckpointError(f"draft checkpoint {folder}: tensor {name} has values that are not finite")

@@ -38,7 +38,7 @@ class ControlService:
     def __init__(self, run: Run, engine: Engine) -> None:
         self._run, self._engine = run, engine
         self._supervisor = TrainerSupervisor(run) if run.settings.trainer == "spawn" else None
-        self._heartbeat: control.Heartbeat | None = None
+        self._heartbeat = control.Heartbeat()
         self._heard_at: float | None = None
         self._announced: asyncio.Queue[int] = asyncio.Queue()
         self._unreadable = 0
@@ -61,14 +61,18 @@ class ControlService:
         ranks = [state["draft_training"] for state in await self._engine.get_states() if "draft_training" in state]
         exports = [rank["export"] for rank in ranks if rank["export"]]
         acceptance = _acceptance(exports)
-        ledger = self._heartbeat.ledger if self._heartbeat else control.TokenLedger()
+        ledger = self._heartbeat.ledger
         captured, sent = (sum(export[key] for export in exports) for key in ("captured", "sent"))
         dropped = _add_up([export["dropped"] for export in exports] + [ledger.dropped])
         return {
             "target_fingerprint": self._run.target_fingerprint,
-            "draft": {**ranks[0]["bank"], "failed_swaps": {str(v): why for v, why in self._failed_swaps.items()}},
-            "acceptance_length": acceptance.pop("all", None),
-            "acceptance_length_by_version": acceptance,
+            "draft": {
+                **ranks[0]["bank"],
+                "started_from": self._run.draft_path,
+                "failed_swaps": {str(v): why for v, why in self._failed_swaps.items()},
+            },
+            "acceptance": acceptance.pop("all"),
+            "acceptance_by_version": acceptance,
             "tokens": {
                 "captured": captured,
                 "trained": ledger.trained,
@@ -83,7 +87,7 @@ class ControlService:
 
     def _trainer_status(self) -> dict[str, Any]:
         silent_s = None if self._heard_at is None else time.monotonic() - self._heard_at
-        beat = msgspec.to_builtins(self._heartbeat) if self._heartbeat else {"state": "starting"}
+        beat = msgspec.to_builtins(self._heartbeat)
         if silent_s is not None and silent_s > _SILENT_S:
             beat["state"] = "silent"
         process = self._supervisor.status() if self._supervisor else None
@@ -159,15 +163,19 @@ def _log_failure(task: asyncio.Task) -> None:
         logger.error("draft training: control service ended; serving goes on", exc_info=task.exception())
 
 
-def _acceptance(exports: list[dict[str, Any]]) -> dict[str, float]:
-    totals: dict[str, list[int]] = {}
+def _acceptance(exports: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Verify passes (one a request), the tokens they committed, and tokens a pass: by draft version, and in all."""
+    totals: dict[str, list[int]] = {"all": [0, 0]}
     for export in exports:
         for version, (passes, tokens) in export["acceptance"].items():
             for key in (version, "all"):
                 total = totals.setdefault(key, [0, 0])
                 total[0] += passes
                 total[1] += tokens
-    return {key: tokens / passes for key, (passes, tokens) in totals.items() if passes}
+    return {
+        key: {"passes": passes, "tokens": tokens, "length": tokens / passes if passes else None}
+        for key, (passes, tokens) in totals.items()
+    }
 
 
 def _add_up(counts: list[dict[str, int]]) -> dict[str, int]:

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sglang_specforge.versions import VersionFolder
 
 RUN_VARIABLE = "SGLANG_SPECFORGE_RUN"
 Dtype = Literal["bfloat16", "float32"]
@@ -34,7 +36,7 @@ class DraftTrainingSettings(BaseModel):
     trainer_device: str = Field("cpu", description="Torch device of the trainer, for instance cuda:1.")
     trainer_threads: int = Field(1, ge=1, description="CPU threads of the trainer.")
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
-        "auto", description="Compute type of training and type of published weights; auto follows the target."
+        "auto", description="Compute type of training; auto follows the target. Weights are published as served."
     )
     ring_mb: int = Field(256, ge=1, description="Host memory for captured states on their way to the trainer, in MiB.")
     max_sample_tokens: int = Field(2048, ge=8, description="Longest sample; the rest of a longer request is dropped.")
@@ -56,6 +58,14 @@ class DraftTrainingSettings(BaseModel):
     draft_vocab_size: int = Field(32_000, ge=8, description="Largest draft vocabulary of a draft created here.")
     seed: int = Field(0, description="Seed of a draft created here and of the trainer.")
 
+    @model_validator(mode="after")
+    def _check_together(self) -> "DraftTrainingSettings":
+        if self.replay_tokens < self.batch_tokens:
+            raise ValueError(
+                f"replay_tokens = {self.replay_tokens} holds no batch; give at least batch_tokens = {self.batch_tokens}"
+            )
+        return self
+
 
 class Run(BaseModel):
     """One server run: the settings and everything the launcher decided from them."""
@@ -66,7 +76,8 @@ class Run(BaseModel):
     target_path: str = Field(description="Local folder of the target.")
     target_fingerprint: str
     draft_path: str = Field(description="Checkpoint that the server starts with, version 0.")
-    dtype: Dtype
+    served_dtype: Dtype
+    draft_steps: int = Field(description="Tokens that the server drafts in a chain before each verification.")
     spans_endpoint: str = Field(description="ZMQ endpoint that the trainer binds for captured spans.")
     control_endpoint: str = Field(description="ZMQ endpoint that the server binds for the trainer's messages.")
 
@@ -74,9 +85,13 @@ class Run(BaseModel):
     def run_dir(self) -> Path:
         return self.settings.run_dir.absolute()
 
+    @property
+    def training_dtype(self) -> Dtype:
+        return self.served_dtype if self.settings.dtype == "auto" else self.settings.dtype
+
     def version_path(self, version: int) -> Path:
         """Folder of a published version; version 0 is the draft the server started with."""
-        return self.run_dir / "versions" / f"{version:06d}" if version else Path(self.draft_path)
+        return VersionFolder(self.run_dir).path(version) if version else Path(self.draft_path)
 
     def export(self) -> None:
         """Hand this run to every process started from here on."""
@@ -118,6 +133,8 @@ def _read_file(file: Path) -> dict[str, Any]:
 
 def _explain(error: Any) -> str:
     name = ".".join(map(str, error["loc"]))
+    if not name:
+        return f"draft training settings contradict each other: {error['msg']}"
     if error["type"] == "extra_forbidden":
         known = ", ".join(DraftTrainingSettings.model_fields)
         return f"draft training setting {name!r} is unknown; accepted are: {known}"

@@ -12,11 +12,9 @@ import json
 import math
 import platform
 import random
-import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Annotated
 
 import torch
@@ -24,6 +22,8 @@ import transformers
 import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from sglang_specforge.traffic import read_documents
 
 HERE = Path(__file__).parent
 BOS, EOS, UNK, USER, ASSISTANT = SPECIALS = ["<s>", "</s>", "<unk>", "<|user|>", "<|assistant|>"]
@@ -34,16 +34,6 @@ CHAT_TEMPLATE = (
     "{% else %}<|user|>{{ message['content'] }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-# Folders of the standard library whose text is data or fixtures rather than code to learn from.
-SKIPPED_FOLDERS = {"test", "tests", "site-packages", "encodings", "idlelib", "lib2to3", "pydoc_data", "__pycache__"}
-
-
-def read_documents() -> list[str]:
-    """The standard library's sources and the language reference, one string a file or topic."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    sources = [p for p in sorted(root.rglob("*.py")) if not SKIPPED_FOLDERS & set(p.relative_to(root).parts)]
-    documents = [p.read_text(encoding="utf-8", errors="ignore") for p in sources] + list(topics.values())
-    return [d for d in documents if len(d) > 200]
 
 
 def train_tokenizer(documents: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -93,9 +83,8 @@ def stream_batches(
 
 
 def loss_of(model: LlamaForCausalLM, ids_BL: torch.Tensor) -> torch.Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
-        logits_BLV = model(ids_BL[:, :-1]).logits
-    return torch.nn.functional.cross_entropy(logits_BLV.float().flatten(0, 1), ids_BL[:, 1:].flatten())
+    logits_BLV = model(ids_BL[:, :-1]).logits
+    return torch.nn.functional.cross_entropy(logits_BLV.flatten(0, 1), ids_BL[:, 1:].flatten())
 
 
 def main(

@@ -1,4 +1,4 @@
-"""The three places where SGLang 0.5.23 assumes that a CPU has AMX, that CUDA wheels mean a GPU, or that CPUs have no EP."""
+"""Where SGLang 0.5.23 assumes that a CPU has AMX, that CUDA wheels mean a GPU, or that CPUs have no EP."""
 
 from typing import Any
 

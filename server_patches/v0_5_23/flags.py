@@ -4,14 +4,15 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from sglang.srt.plugins.hook_registry import HookRegistry
 
 from server_patches.targets import IncompatibleSGLang
 from sglang_specforge.checkpoint import FINGERPRINT_KEY, CheckpointError, init_draft, load_config
-from sglang_specforge.settings import DraftTrainingSettings, Run, SettingsError, load_settings
+from sglang_specforge.settings import DraftTrainingSettings, Dtype, Run, SettingsError, load_settings
 from sglang_specforge.target import TargetError, fingerprint_target, load_target_config, resolve_target
+from sglang_specforge.versions import VersionFolder
 
 _PREFIX = "draft_training_"
 _DEFAULT_STEPS, _DEFAULT_TOPK = 3, 1
@@ -60,10 +61,7 @@ def _start_run(args: argparse.Namespace, settings: DraftTrainingSettings) -> Non
     _refuse_contradictions(args)
     folder = resolve_target(args.model_path)
     target = load_target_config(folder)
-    dtype = settings.dtype
-    if dtype == "auto":
-        served = str(target.dtype).removeprefix("torch.") if args.dtype == "auto" else args.dtype
-        dtype = "float32" if served in ("float", "float32") else "bfloat16"
+    dtype = _served_dtype(args.dtype, target.dtype)
     if args.speculative_draft_model_path is None:
         args.speculative_draft_model_path = str(_own_draft(settings, folder, dtype))
     _set_speculative_defaults(args)
@@ -73,7 +71,8 @@ def _start_run(args: argparse.Namespace, settings: DraftTrainingSettings) -> Non
         target_path=str(folder),
         target_fingerprint=fingerprint_target(folder),
         draft_path=str(resolve_target(args.speculative_draft_model_path)),
-        dtype=dtype,
+        served_dtype=dtype,
+        draft_steps=args.speculative_num_steps,
         spans_endpoint=f"ipc://{sockets}/spans",
         control_endpoint=f"ipc://{sockets}/control",
     ).export()
@@ -83,17 +82,28 @@ def _start_run(args: argparse.Namespace, settings: DraftTrainingSettings) -> Non
 
 def _own_draft(settings: DraftTrainingSettings, target: Path, dtype: str) -> Path:
     """The newest draft of this run folder, or a random one made now."""
-    versions = settings.run_dir.absolute() / "versions"
-    published = sorted(p.parent for p in versions.glob("*/config.json") if p.parent.name.isdigit())
-    draft = published[-1] if published else versions / "initial"
+    versions = VersionFolder(settings.run_dir.absolute())
+    newest = versions.newest()
+    draft = versions.root / "initial" if newest is None else versions.path(newest)
     if not (draft / "config.json").exists():
         init_draft(str(target), draft, draft_vocab_size=settings.draft_vocab_size, dtype=dtype, seed=settings.seed)
     elif (found := load_config(draft).get(FINGERPRINT_KEY)) != (expected := fingerprint_target(target)):
         raise SettingsError(
-            f"run folder {settings.run_dir} holds drafts of another target (fingerprint {found!r}, served {expected!r}); "
-            "give another --draft-training-run-dir"
+            f"run folder {settings.run_dir} holds drafts of another target (fingerprint {found!r}, served "
+            f"{expected!r}); give another --draft-training-run-dir"
         )
     return draft
+
+
+def _served_dtype(asked: str, target: Any) -> str:
+    """SGLang's ``--dtype`` resolved. float16 has no place in training: the range of the gradients does not fit."""
+    served = str(target).removeprefix("torch.") if asked == "auto" else asked
+    served = {"float": "float32", "None": "bfloat16"}.get(served, served)
+    if served not in get_args(Dtype):
+        raise SettingsError(
+            f"--enable-draft-training serves in {' or '.join(get_args(Dtype))}, not {served}; give --dtype bfloat16"
+        )
+    return served
 
 
 def _refuse_contradictions(args: argparse.Namespace) -> None:

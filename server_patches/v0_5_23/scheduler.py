@@ -36,7 +36,7 @@ _this: DraftTraining | None = None
 
 
 def attach(result: None, worker: Any, *args: Any, **kwargs: Any) -> None:
-    """AFTER ``EAGLEWorkerV2.__init__``: before CUDA graphs are captured, so that last hidden is one of their outputs."""
+    """AFTER ``EAGLEWorkerV2.__init__``: before CUDA graphs are captured, so last hidden is among their outputs."""
     global _this
     run = Run.inherited()
     model = worker.target_worker.model_runner.model

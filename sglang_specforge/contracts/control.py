@@ -4,13 +4,17 @@ import msgspec
 
 
 class TokenLedger(msgspec.Struct, kw_only=True):
-    """Where the tokens of a stream went. received = trained + held_out + buffered + dropped, at any time."""
+    """Where the captured tokens went. received = trained + held_out + buffered + dropped, at any time."""
 
-    received: int = 0
+    streams: dict[str, int] = {}  # tokens by exporter: those that came, and those known to be lost on the way
     trained: int = 0
     held_out: int = 0
     buffered: int = 0
     dropped: dict[str, int] = {}
+
+    @property
+    def received(self) -> int:
+        return sum(self.streams.values())
 
     def drop(self, reason: str, tokens: int) -> None:
         if tokens:
@@ -27,15 +31,16 @@ class Parity(msgspec.Struct, kw_only=True):
 class Heartbeat(msgspec.Struct, tag="heartbeat", kw_only=True):
     """What the trainer is doing."""
 
-    pid: int
-    state: str  # starting, waiting, training
-    step: int
-    version: int  # last one published
-    loss: float | None
-    held_out_acceptance_length: float | None  # predicted from held-out samples, greedy chain
-    ledger: TokenLedger
-    parity: Parity
-    resumed_from_step: int
+    pid: int | None = None
+    state: str = "starting"  # then waiting or training
+    step: int = 0
+    version: int = 0  # newest published one of the run folder
+    loss: float | None = None
+    held_out_acceptance_length: float | None = None  # predicted from held-out samples, greedy chain
+    ledger: TokenLedger = msgspec.field(default_factory=TokenLedger)
+    parity: Parity = msgspec.field(default_factory=Parity)
+    malformed_messages: int = 0
+    resumed_from_step: int = 0
 
 
 class VersionReady(msgspec.Struct, tag="version_ready", kw_only=True):

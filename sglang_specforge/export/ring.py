@@ -1,4 +1,4 @@
-"""A bounded ring of host memory between the scheduler thread, which fills it, and the exporter thread, which empties it."""
+"""A bounded ring of host memory: the scheduler thread fills it, the exporter thread empties it."""
 
 from collections import deque
 

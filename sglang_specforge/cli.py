@@ -1,0 +1,114 @@
+"""``sglang-specforge``: making drafts, watching a server, driving traffic at it, and the demo."""
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Annotated
+
+import httpx
+import typer
+from rich.console import Console
+from rich.live import Live
+
+from sglang_specforge import status_view, traffic
+from sglang_specforge.checkpoint import CheckpointError
+from sglang_specforge.checkpoint import init_draft as write_draft
+from sglang_specforge.demo import run_demo
+from sglang_specforge.target import TargetError
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+console, errors = Console(), Console(stderr=True)
+
+Url = Annotated[str, typer.Option(help="Address of the server.")]
+ApiKey = Annotated[str | None, typer.Option(envvar="SGLANG_API_KEY", help="The server's --api-key.")]
+DEFAULT_URL = "http://127.0.0.1:30000"
+
+
+@app.command()
+def init_draft(
+    target: Annotated[str, typer.Argument(help="Folder or Hugging Face name of the target.")],
+    out: Annotated[Path, typer.Argument(help="Folder that receives the draft.")],
+    draft_vocab_size: Annotated[int, typer.Option(min=8, help="Largest draft vocabulary.")] = 32_000,
+    dtype: Annotated[str, typer.Option(help="auto (as the target), bfloat16 or float32.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+) -> None:
+    """Write a random EAGLE3 draft for a target, ready for --speculative-draft-model-path."""
+    if dtype not in ("auto", "bfloat16", "float32"):
+        _fail(f"--dtype {dtype} is not accepted; give auto, bfloat16 or float32")
+    if (out / "config.json").exists():
+        _fail(f"{out} holds a checkpoint already; give another folder or remove it")
+    try:
+        write_draft(target, out, draft_vocab_size=draft_vocab_size, dtype=dtype, seed=seed)
+    except (TargetError, CheckpointError, OSError) as error:
+        _fail(str(error))
+    console.print(f"wrote {out}")
+
+
+@app.command()
+def status(
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    watch: Annotated[bool, typer.Option(help="Keep showing it until Ctrl-C.")] = False,
+    every_s: Annotated[float, typer.Option(min=0.2, help="Seconds between two looks.")] = 2.0,
+    json: Annotated[bool, typer.Option("--json", help="Print the server's answer as it is.")] = False,
+) -> None:
+    """Show what the server's draft training is doing."""
+    if json:
+        console.print_json(data=_fetch_status(url, api_key))
+        return
+    if not watch:
+        console.print(status_view.render(_fetch_status(url, api_key)))
+        return
+    try:
+        with Live(status_view.render(_fetch_status(url, api_key)), console=console, auto_refresh=False) as live:
+            while True:
+                time.sleep(every_s)
+                live.update(status_view.render(_fetch_status(url, api_key)), refresh=True)
+    except KeyboardInterrupt:
+        pass
+
+
+@app.command("traffic")
+def drive_traffic(
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    requests: Annotated[int, typer.Option(min=1, help="How many to send.")] = 100,
+    concurrency: Annotated[int, typer.Option(min=1, help="How many at a time.")] = 8,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Which prompts: lines of the Python standard library.")] = 0,
+) -> None:
+    """Drive varied chat requests at a server; exit code 1 if any failed."""
+    tally = traffic.Tally()
+    settings = {"concurrency": concurrency, "max_tokens": max_tokens, "temperature": temperature}
+    prompts = traffic.stream_prompts(seed)
+    asyncio.run(traffic.drive(url, prompts, tally, requests=requests, api_key=api_key, **settings))
+    console.print(
+        f"{tally.requests} requests, {len(tally.failures)} failed, {tally.completion_tokens} tokens, "
+        f"{tally.tokens_per_s:.1f} tokens/s"
+    )
+    if tally.failures:
+        _fail(f"first failure: {tally.failures[0]}", code=1)
+
+
+app.command("demo")(run_demo)
+
+
+def _fetch_status(url: str, api_key: str | None) -> dict:
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        answer = httpx.get(f"{url}/draft/status", headers=headers, timeout=10, trust_env=False)
+    except httpx.HTTPError as error:
+        _fail(f"{url} does not answer ({error}); is the server up, and is --url right?")
+    if answer.status_code == 404:
+        _fail(f"the server at {url} runs without --enable-draft-training")
+    if answer.status_code in (401, 403):
+        _fail(f"the server at {url} wants its key; give --api-key or set SGLANG_API_KEY")
+    if answer.is_error:
+        _fail(f"{url}/draft/status answered {answer.status_code}: {answer.text[:300]}")
+    return answer.json()
+
+
+def _fail(message: str, code: int = 2) -> None:
+    errors.print(f"error: {message}", style="red", highlight=False, soft_wrap=True)
+    raise typer.Exit(code)

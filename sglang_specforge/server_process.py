@@ -1,0 +1,85 @@
+"""A real SGLang server as a child process: started, waited for, and gone with everything it started."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+_POLL_S = 0.25
+_STOP_LIMIT_S = 20.0
+
+
+class ServerFailed(RuntimeError):
+    """The server ended, or did not come up in time; the message holds the end of its log."""
+
+
+class ServerProcess:
+    """``python -m sglang.launch_server`` in a process group of its own, logging to a file."""
+
+    def __init__(self, log: Path, port: int, arguments: Sequence[Any], environment: dict[str, str]) -> None:
+        self.url, self.log = f"http://127.0.0.1:{port}", log
+        command = [sys.executable, "-m", "sglang.launch_server", "--host", "127.0.0.1", "--port", port, *arguments]
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("wb") as out:
+            self.process = subprocess.Popen(
+                list(map(str, command)),
+                env={**os.environ, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> "ServerProcess":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.stop()
+
+    def wait_until_ready(self, limit_s: float) -> None:
+        """Until it has generated a token. Raises ServerFailed."""
+        end_s = time.monotonic() + limit_s
+        while time.monotonic() < end_s:
+            if self.process.poll() is not None:
+                raise ServerFailed(f"the server ended with exit code {self.process.returncode}:\n{self.log_tail()}")
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"{self.url}/health_generate", timeout=30, trust_env=False).status_code == 200:
+                    return
+            time.sleep(_POLL_S)
+        raise ServerFailed(f"the server was not ready within {limit_s:.0f} s:\n{self.log_tail()}")
+
+    def log_tail(self, lines: int = 25) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    def status(self) -> dict[str, Any]:
+        """``GET /draft/status``."""
+        answer = httpx.get(f"{self.url}/draft/status", timeout=30, trust_env=False)
+        answer.raise_for_status()
+        return answer.json()
+
+    def stop(self) -> None:
+        """Ask the server to end; what is left of its group after a while is killed."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(_STOP_LIMIT_S)
+        end_s = time.monotonic() + _STOP_LIMIT_S / 4  # the trainer saves before it ends
+        while time.monotonic() < end_s and self._signal_group(0):
+            time.sleep(_POLL_S)
+        self._signal_group(signal.SIGKILL)
+        self.process.wait()
+
+    def _signal_group(self, number: int) -> bool:
+        """Signal every process of the group; returns whether there was one."""
+        try:
+            os.killpg(self.process.pid, number)
+        except ProcessLookupError:
+            return False
+        return True

@@ -1,0 +1,47 @@
+"""``GET /draft/status`` as a table for a terminal."""
+
+from typing import Any
+
+from rich.table import Table
+
+
+def render(status: dict[str, Any]) -> Table:
+    """One row a fact, the same wherever a status is shown."""
+    table = Table(show_header=False, title="draft training")
+    for name, value in _rows(status):
+        table.add_row(name, value)
+    return table
+
+
+def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
+    draft, trainer, tokens = status["draft"], status["trainer"], status["tokens"]
+    by_version = status["acceptance_by_version"]
+    dropped = {reason: count for reason, count in tokens["dropped"].items() if count}
+    rows = [
+        ("draft version", f"{draft['active_version']} active, {draft['swaps']} swaps"),
+        ("acceptance length", f"{_number(status['acceptance']['length'])} overall"),
+        ("  by version", "  ".join(f"{v}: {n['length']:.2f}" for v, n in list(by_version.items())[-8:]) or "-"),
+        ("tokens captured", f"{tokens['captured']:,}"),
+        ("  trained", f"{tokens['trained']:,}"),
+        ("  held out", f"{tokens['held_out']:,}"),
+        ("  buffered", f"{tokens['buffered']:,}"),
+        ("  in flight", f"{tokens['in_flight']:,}"),
+        ("  dropped", ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()) or "0"),
+        ("trainer", f"{trainer['state']}, step {trainer['step']}, loss {_number(trainer['loss'])}"),
+        ("  held-out acceptance", _number(trainer["held_out_acceptance_length"])),
+        ("  parity", f"{trainer['parity']['agreed']}/{trainer['parity']['compared']}"),
+    ]
+    if process := trainer["process"]:
+        rows.append(("  process", f"{process['pid'] or 'down'}, {process['restarts']} restarts, {_last(process)}"))
+    for version, why in {**draft["refused"], **draft["failed_swaps"]}.items():
+        rows.append((f"version {version} stays out", why))
+    rows += [("exporter stopped", export["failure"]) for export in status["export"] if export["failure"]]
+    return rows
+
+
+def _last(process: dict[str, Any]) -> str:
+    return f"last exit: {process['last_exit'] or 'none'}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -1,0 +1,5 @@
+"""``python -m trainer``."""
+
+from trainer.loop import main
+
+main()

@@ -1,0 +1,118 @@
+"""Spans into samples: one request's positions in order, repeats resolved, everything left out counted.
+
+A retracted request sends positions again: the newest wins. Positions beyond the request's end were computed
+but are no part of it. A hole (spans dropped on the server) ends a sample.
+"""
+
+import time
+from collections import OrderedDict
+
+import torch
+from torch import Tensor
+
+from sglang_specforge.contracts.control import TokenLedger
+from sglang_specforge.contracts.spans import Captured, Finished, Message, Span
+from trainer.sample import Sample
+
+_REMEMBERED_ENDS = 4096
+_MIN_TOKENS = 2  # a row needs the token after it
+
+
+class _Open:
+    """A request whose end is not known yet."""
+
+    def __init__(self, first: Span) -> None:
+        self.prompt_tokens = first.prompt_tokens
+        self.pieces: list[tuple[Span, int, dict[str, Tensor]]] = []  # span, draft version, its rows
+        self.tokens = 0
+        self.touched_s = time.monotonic()
+
+    def add(self, span: Span, version: int, rows: dict[str, Tensor]) -> None:
+        self.pieces.append((span, version, rows))
+        self.tokens += span.length
+        self.touched_s = time.monotonic()
+
+
+class Assembler:
+    """Holds open requests; hands out samples as requests finish."""
+
+    def __init__(self, ledger: TokenLedger, max_sample_tokens: int, abandoned_after_s: float = 600.0) -> None:
+        self._ledger, self._max_tokens, self._abandoned_after_s = ledger, max_sample_tokens, abandoned_after_s
+        self._open: dict[tuple[str, str], _Open] = {}
+        self._ended: OrderedDict[tuple[str, str], None] = OrderedDict()
+
+    @property
+    def open_tokens(self) -> int:
+        return sum(request.tokens for request in self._open.values())
+
+    def add(self, message: Message, tensors: dict[str, Tensor]) -> list[Sample]:
+        """Take in a message; returns the samples that it completes."""
+        if isinstance(message, Finished):
+            return self._finish(message)
+        self._add_spans(message, tensors)
+        return []
+
+    def expire(self) -> None:
+        """Drop requests not heard of for long: their end was lost."""
+        limit_s = time.monotonic() - self._abandoned_after_s
+        for key in [key for key, request in self._open.items() if request.touched_s < limit_s]:
+            self._ledger.drop("abandoned", self._open.pop(key).tokens)
+
+    def _add_spans(self, message: Captured, tensors: dict[str, Tensor]) -> None:
+        for span in message.spans:
+            key = (message.stream, span.rid)
+            if key in self._ended:
+                self._ledger.drop("past_finish", span.length)
+                continue
+            rows = {name: tensor[span.row : span.row + span.length] for name, tensor in tensors.items()}
+            self._open.setdefault(key, _Open(span)).add(span, message.draft_version, rows)
+
+    def _finish(self, message: Finished) -> list[Sample]:
+        key = (message.stream, message.rid)
+        request = self._open.pop(key, None)
+        if request is None:
+            return []
+        self._ended[key] = None
+        if len(self._ended) > _REMEMBERED_ENDS:
+            self._ended.popitem(last=False)
+        sample = self._assemble(message.rid, request, message.total_tokens)
+        return [sample] if sample else []
+
+    def _assemble(self, rid: str, request: _Open, total_tokens: int) -> Sample | None:
+        start = min(span.start for span, _, _ in request.pieces)
+        end = max(span.start + span.length for span, _, _ in request.pieces)
+        # For each position, the piece and the row in it that hold it; later pieces overwrite earlier ones.
+        piece_T = torch.full((end - start,), -1)
+        row_T = torch.zeros(end - start, dtype=torch.int64)
+        for i, (span, _, _) in enumerate(request.pieces):
+            at = slice(span.start - start, span.start - start + span.length)
+            self._ledger.drop("repeated", int((piece_T[at] >= 0).sum()))
+            piece_T[at], row_T[at] = i, torch.arange(span.length)
+
+        kept = self._leave_out("past_finish", piece_T, max(0, total_tokens - start))
+        holes = (piece_T[:kept] < 0).nonzero()
+        kept = self._leave_out("gap", piece_T[:kept], int(holes[0]) if holes.numel() else kept)
+        kept = self._leave_out("too_long", piece_T[:kept], min(kept, self._max_tokens))
+        if kept < _MIN_TOKENS:
+            self._leave_out("too_short", piece_T[:kept], 0)
+            return None
+        used = sorted(set(piece_T[:kept].tolist()))
+        pieces = [request.pieces[i] for i in used]
+        base = torch.tensor([0, *(span.length for span, _, _ in pieces)]).cumsum(0)
+        index_T = base[torch.searchsorted(torch.tensor(used), piece_T[:kept])] + row_T[:kept]
+        joined = {name: torch.cat([rows[name] for _, _, rows in pieces])[index_T] for name in pieces[0][2]}
+        versions = {version for _, version, _ in request.pieces}
+        return Sample(
+            rid=rid,
+            start=start,
+            prompt_tokens=request.prompt_tokens,
+            tokens_T=joined["tokens_N"],
+            aux_T3H=joined["aux_N3H"],
+            last_TH=joined["last_NH"],
+            draft_version=versions.pop() if len(versions) == 1 else None,
+            proposals=[(s.start, s.proposed) for s, _, _ in pieces if s.proposed >= 0 and s.start < start + kept],
+        )
+
+    def _leave_out(self, reason: str, piece_T: Tensor, kept: int) -> int:
+        self._ledger.drop(reason, int((piece_T[kept:] >= 0).sum()))
+        return min(kept, len(piece_T))

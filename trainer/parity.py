@@ -1,0 +1,48 @@
+"""The alignment self-test: do the served weights, run here, propose what the live worker proposed?
+
+Where capture, transport or the draft's arithmetic were off (a layer, a position, another request's states),
+training would go well and acceptance would stay near 1. This compares tokens that came over the wire.
+"""
+
+import torch
+
+from sglang_specforge.checkpoint import CheckpointError
+from sglang_specforge.contracts.control import Parity
+from sglang_specforge.settings import Run
+from trainer.draft import Eagle3Draft
+from trainer.learner import load_draft, load_target
+from trainer.loss import unroll
+from trainer.sample import Sample, collate
+
+
+class ParityCheck:
+    """Runs step 0 of the version that was active while a sample was captured, in the served dtype."""
+
+    def __init__(self, run: Run, device: torch.device, parity: Parity) -> None:
+        self.parity = parity
+        self._run, self._device, self._dtype = run, device, getattr(torch, run.served_dtype)
+        self._target = load_target(run, self._dtype, device)
+        self._loaded: tuple[int, Eagle3Draft] | None = None
+
+    @torch.no_grad()
+    def compare(self, sample: Sample) -> None:
+        """Counts the sample's proposals; leaves out samples whose prefix or version is not known entirely."""
+        if sample.start != 0 or sample.draft_version is None or not sample.proposals:
+            return
+        draft = self._draft(sample.draft_version)
+        if draft is None:
+            return
+        top_L = unroll(draft, self._target, collate([sample], self._device), 1, 1.0, False).top_BL[0].tolist()
+        # The proposal for position p+1 was made after reading token p beside the states of p-1.
+        for position, proposed in sample.proposals:
+            self.parity.compared += 1
+            self.parity.agreed += top_L[position - 1] == proposed
+
+    def _draft(self, version: int) -> Eagle3Draft | None:
+        if self._loaded is None or self._loaded[0] != version:
+            try:
+                draft = load_draft(self._run, self._run.version_path(version))
+            except CheckpointError:
+                return None  # so old that it was deleted
+            self._loaded = version, draft.to(self._device, self._dtype)
+        return self._loaded[1]
