@@ -104,6 +104,11 @@ def save_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, tor
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)
+    save_config(folder, config)
+
+
+def save_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write ``config.json``, all at once."""
     staged = folder / "config.json.part"
     staged.write_text(json.dumps(config, indent=2) + "\n")
     staged.replace(folder / "config.json")

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import httpx
 import typer
@@ -68,6 +68,19 @@ def status(
         pass
 
 
+@app.command()
+def swap(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of the draft checkpoint, on the server's disk.")],
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+) -> None:
+    """Put a draft checkpoint into the live server. A running trainer replaces it with its next version."""
+    answer = _ask("POST", url, "/draft/versions", api_key, json={"path": str(checkpoint.absolute())}, timeout=180)
+    if answer.status_code == 422:
+        _fail(answer.json()["detail"], code=1)
+    console.print(f"version {answer.json()['version']} is active")
+
+
 @app.command("traffic")
 def drive_traffic(
     url: Url = DEFAULT_URL,
@@ -95,18 +108,23 @@ app.command("demo")(run_demo)
 
 
 def _fetch_status(url: str, api_key: str | None) -> dict:
+    return _ask("GET", url, "/draft/status", api_key, timeout=10).json()
+
+
+def _ask(method: str, url: str, path: str, api_key: str | None, **kwargs: Any) -> httpx.Response:
+    """The server's answer; anything but success or 422 ends the command with what to do about it."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        answer = httpx.get(f"{url}/draft/status", headers=headers, timeout=10, trust_env=False)
+        answer = httpx.request(method, url + path, headers=headers, trust_env=False, **kwargs)
     except httpx.HTTPError as error:
         _fail(f"{url} does not answer ({error}); is the server up, and is --url right?")
     if answer.status_code == 404:
         _fail(f"the server at {url} runs without --enable-draft-training")
     if answer.status_code in (401, 403):
         _fail(f"the server at {url} wants its key; give --api-key or set SGLANG_API_KEY")
-    if answer.is_error:
-        _fail(f"{url}/draft/status answered {answer.status_code}: {answer.text[:300]}")
-    return answer.json()
+    if answer.is_error and answer.status_code != 422:
+        _fail(f"{url}{path} answered {answer.status_code}: {answer.text[:300]}")
+    return answer
 
 
 def _fail(message: str, code: int = 2) -> None:

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
@@ -17,6 +18,7 @@ import zmq.asyncio
 from sglang_specforge.contracts import control
 from sglang_specforge.settings import Run
 from sglang_specforge.supervisor import TrainerSupervisor
+from sglang_specforge.versions import VersionFolder
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +44,8 @@ class ControlService:
         self._heard_at: float | None = None
         self._announced: asyncio.Queue[int] = asyncio.Queue()
         self._unreadable = 0
-        self._failed_swaps: dict[int, str] = {}
+        self._failed_swaps: dict[int, str] = {}  # those that no rank refused; the banks keep their own
+        self._swapping = asyncio.Lock()
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -55,6 +58,17 @@ class ControlService:
     def announce(self, version: int) -> None:
         """Queue a version of the run's folder for staging and swapping."""
         self._announced.put_nowait(version)
+
+    async def swap_in(self, checkpoint: Path) -> int:
+        """Make a checkpoint the next version and activate it; returns its number.
+
+        Raises:
+            CheckpointError: it cannot be read.
+            SwapRefused: it does not fit the served target or draft; the active version stays.
+        """
+        version = await asyncio.to_thread(VersionFolder(self._run.run_dir).adopt, checkpoint)
+        await self._swap(version)
+        return version
 
     async def status(self) -> dict[str, Any]:
         """The answer of ``GET /draft/status``."""
@@ -120,12 +134,20 @@ class ControlService:
             while not self._announced.empty():
                 version = self._announced.get_nowait()  # only the newest is worth a swap
             try:
-                await asyncio.wait_for(self._swap(version), _STAGE_LIMIT_S)
-            except (SwapRefused, TimeoutError) as error:
-                self._failed_swaps[version] = str(error) or f"not staged on every rank within {_STAGE_LIMIT_S:.0f} s"
-                logger.error("draft training: version %d stays out: %s", version, self._failed_swaps[version])
+                await self._swap(version)
+            except SwapRefused as error:
+                logger.error("draft training: version %d stays out: %s", version, error)
 
     async def _swap(self, version: int) -> None:
+        """One swap at a time. Raises SwapRefused; the active version stays."""
+        async with self._swapping:
+            try:
+                await asyncio.wait_for(self._stage_and_activate(version), _STAGE_LIMIT_S)
+            except TimeoutError as error:
+                self._failed_swaps[version] = f"not staged on every rank within {_STAGE_LIMIT_S:.0f} s"
+                raise SwapRefused(self._failed_swaps[version]) from error
+
+    async def _stage_and_activate(self, version: int) -> None:
         """Have every rank load the version, then activate it on all of them in one scheduler iteration."""
         await self._engine.set_state("draft_training_stage", version)
         while True:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sglang_specforge.checkpoint import save_checkpoint
+from sglang_specforge.checkpoint import CheckpointError, load_config, save_checkpoint, save_config
 
 
 class VersionFolder:
@@ -27,8 +27,38 @@ class VersionFolder:
 
     def publish(self, config: dict[str, Any], tensors: dict[str, torch.Tensor], keep: int) -> int:
         """Write the next version, delete all but the newest ``keep``; returns its number."""
-        version = (self.newest() or 0) + 1
+        version = self._claim()
         save_checkpoint(self.path(version), config, tensors)
         for old in self.published()[:-keep]:
             shutil.rmtree(self.path(old), ignore_errors=True)
         return version
+
+    def adopt(self, checkpoint: Path) -> int:
+        """Copy a checkpoint from elsewhere in as the next version; returns its number.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        config = load_config(checkpoint)
+        version = self._claim()
+        try:
+            shutil.copyfile(checkpoint / "model.safetensors", self.path(version) / "model.safetensors")
+        except OSError as error:
+            self.path(version).rmdir()
+            raise CheckpointError(
+                f"draft checkpoint {checkpoint}: model.safetensors cannot be read: {error.strerror}"
+            ) from error
+        save_config(self.path(version), config)
+        return version
+
+    def _claim(self) -> int:
+        """A folder of the next number, made by this call alone: trainer and server both add versions."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        taken = [int(p.name) for p in self.root.iterdir() if p.name.isdigit()]
+        version = max(taken, default=0) + 1
+        while True:
+            try:
+                self.path(version).mkdir()
+                return version
+            except FileExistsError:
+                version += 1

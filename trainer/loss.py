@@ -35,7 +35,7 @@ class Unrolled:
     def acceptance_length(self, steps: int) -> tuple[int, int]:
         """Tokens committed and rows they were counted over, by a greedy chain of ``steps`` drafts (bonus included)."""
         chain_N = self.correct_KN[:steps].int().cumprod(0).sum(0)
-        rows_N = self.valid_KN[steps - 1]
+        rows_N = self.valid_KN[:steps].all(0)
         return int((1 + chain_N)[rows_N].sum()), int(rows_N.sum())
 
 

@@ -3,6 +3,7 @@
 Shapes: T captured tokens, B samples, L rows, H hidden.
 """
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 
-class Sample(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
     """Consecutive positions of one request, from ``start`` on."""
 
     rid: str

@@ -2,13 +2,16 @@
 
 import contextlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
-from fastapi import APIRouter, FastAPI
+from fastapi import APIRouter, FastAPI, HTTPException
+from pydantic import BaseModel, ConfigDict, Field
 from sglang.srt.entrypoints import http_server
 from sglang.srt.managers.io_struct import SetInternalStateReq
 
-from sglang_specforge.control import ControlService, running
+from sglang_specforge.checkpoint import CheckpointError
+from sglang_specforge.control import ControlService, SwapRefused, running
 from sglang_specforge.settings import Run
 
 
@@ -37,7 +40,22 @@ def make_router(service: ControlService) -> APIRouter:
         """Versions, tokens by fate, acceptance length overall and by version, and the trainer's state."""
         return await service.status()
 
+    @router.post("/versions")
+    async def swap_in(checkpoint: NewVersion) -> dict[str, int]:
+        """Activate a draft checkpoint from the server's disk; 422 says why it was refused."""
+        try:
+            return {"version": await service.swap_in(checkpoint.path)}
+        except (CheckpointError, SwapRefused) as error:
+            raise HTTPException(422, str(error)) from error
+
     return router
+
+
+class NewVersion(BaseModel):
+    """Body of ``POST /draft/versions``."""
+
+    model_config = ConfigDict(extra="forbid")
+    path: Path = Field(description="Folder of the checkpoint, as the server sees it.")
 
 
 class _SGLangEngine:

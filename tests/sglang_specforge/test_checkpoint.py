@@ -1,0 +1,96 @@
+"""Drafts on disk: created for a target, refused when they do not belong to it."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sglang_specforge.checkpoint import CheckpointError, init_draft, load_checked, load_config
+from sglang_specforge.target import TargetError, fingerprint_target
+from sglang_specforge.versions import VersionFolder
+from tests.tiny import VOCAB, make_target
+
+
+@pytest.fixture
+def target(tmp_path):
+    return make_target(tmp_path / "target")
+
+
+@pytest.fixture
+def draft(tmp_path, target):
+    return init_draft(str(target), tmp_path / "draft", draft_vocab_size=32)
+
+
+def check(draft, target):
+    return load_checked(draft, load_config(draft), fingerprint_target(target))
+
+
+def change(draft, **tensors):
+    file = draft / "model.safetensors"
+    found = {**load_file(file), **tensors}
+    save_file({n: t for n, t in found.items() if t is not None}, file)
+
+
+def test_a_new_draft_passes_its_own_checks(draft, target):
+    tensors = check(draft, target)
+    assert tensors["t2d"].sum() == 32
+    assert tensors["d2t"].eq(0).all()
+    assert load_config(draft)["vocab_size"] == VOCAB
+
+
+def test_seeds_decide_the_weights(tmp_path, target):
+    a, b, c = (init_draft(str(target), tmp_path / name, seed=seed) for name, seed in [("a", 1), ("b", 1), ("c", 2)])
+    fc = [load_file(d / "model.safetensors")["fc.weight"] for d in (a, b, c)]
+    assert torch.equal(fc[0], fc[1])
+    assert not torch.equal(fc[0], fc[2])
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"fc.weight": torch.zeros(16, 47)}, r"fc\.weight has shape \(16, 47\)"),
+        ({"norm.weight": torch.full((16,), float("nan"))}, r"norm\.weight has values that are not finite"),
+        ({"lm_head.weight": None}, r"lm_head\.weight is missing"),
+        ({"midlayer.extra": torch.zeros(1)}, r"midlayer\.extra is not part"),
+        ({"d2t": torch.ones(32, dtype=torch.int64)}, "d2t and t2d disagree"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit_is_refused_by_tensor(draft, target, tensors, message):
+    change(draft, **tensors)
+    with pytest.raises(CheckpointError, match=message):
+        check(draft, target)
+
+
+def test_a_draft_of_another_target_is_refused_by_fingerprint(tmp_path, draft):
+    other = make_target(tmp_path / "other", seed=1)
+    with pytest.raises(CheckpointError, match=fingerprint_target(other)):
+        check(draft, other)
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(draft, target):
+    (draft / "model.safetensors").write_bytes(b"rubbish")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        check(draft, target)
+    with pytest.raises(CheckpointError, match="config.json"):
+        load_config(draft / "nowhere")
+
+
+def test_a_shallow_target_is_refused(target, tmp_path):
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
+    with pytest.raises(TargetError, match="has 4 layers"):
+        init_draft(str(target), tmp_path / "out")
+
+
+def test_versions_grow_and_old_ones_go(tmp_path, draft):
+    folder = VersionFolder(tmp_path / "run")
+    config, tensors = load_config(draft), load_file(draft / "model.safetensors")
+    assert folder.newest() is None
+    assert [folder.publish(config, tensors, keep=2) for _ in range(3)] == [1, 2, 3]
+    assert folder.published() == [2, 3]
+    assert folder.adopt(draft) == 4
+    assert folder.newest() == 4
+    with pytest.raises(CheckpointError):
+        folder.adopt(tmp_path / "nowhere")
+    assert folder.newest() == 4

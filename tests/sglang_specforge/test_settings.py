@@ -1,0 +1,49 @@
+"""Settings: flags over file over defaults, and an error that says what is accepted."""
+
+import pytest
+
+from sglang_specforge.settings import DraftTrainingSettings, Run, SettingsError, load_settings
+from tests.tiny import make_run, make_target
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("s.toml", "ttt_steps = 5\nlearning_rate = 0.5\n"), ("s.yaml", "ttt_steps: 5\nlearning_rate: 0.5\n")],
+)
+def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    settings = load_settings({"ttt_steps": "3"}, tmp_path / name)
+    assert (settings.ttt_steps, settings.learning_rate) == (3, 0.5)
+    assert settings.grad_clip == DraftTrainingSettings().grad_clip
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"ttt_stepz": 3}, "'ttt_stepz' is unknown; accepted are: run_dir"),
+        ({"ttt_steps": "many"}, "'ttt_steps' = 'many' is not accepted"),
+        ({"ttt_steps": 0}, "'ttt_steps' = 0 is not accepted"),
+        ({"trainer": "remote"}, "'trainer' = 'remote' is not accepted"),
+        ({"batch_tokens": 2048, "replay_tokens": 100}, "replay_tokens = 100 holds no batch"),
+    ],
+)
+def test_what_is_not_accepted_is_named(given, message):
+    with pytest.raises(SettingsError, match=message):
+        load_settings(given)
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    with pytest.raises(SettingsError, match=r"nowhere\.toml"):
+        load_settings({}, tmp_path / "nowhere.toml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(SettingsError, match="expected keys and values"):
+        load_settings({}, tmp_path / "list.yaml")
+
+
+def test_a_run_reaches_spawned_processes_whole(tmp_path, monkeypatch):
+    run = make_run(tmp_path, make_target(tmp_path / "target"))
+    monkeypatch.delenv("SGLANG_SPECFORGE_RUN", raising=False)
+    assert Run.inherited() is None
+    monkeypatch.setenv("SGLANG_SPECFORGE_RUN", "")
+    run.export()
+    assert Run.inherited() == run

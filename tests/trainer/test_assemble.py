@@ -1,0 +1,121 @@
+"""Spans into samples: order, repeats, holes, ends, and an account of every token."""
+
+import torch
+
+from sglang_specforge.contracts.control import TokenLedger
+from sglang_specforge.contracts.spans import Captured, Finished, Span
+from trainer.assemble import Assembler
+
+STREAM = "s"
+
+
+def rows(start, length, tag=0):
+    position = torch.arange(start, start + length)
+    return {
+        "aux_N3H": (position[:, None] * 10 + tag + torch.zeros(1, 6)).float(),
+        "last_NH": (position[:, None] + torch.zeros(1, 2)).float(),
+        "tokens_N": position + 100,
+    }
+
+
+def capture(assembler, start, length, *, rid="a", prompt=4, version=0, tag=0, proposed=-1):
+    span = Span(rid, start, length, 0, prompt, 0, proposed)
+    assert assembler.add(Captured(STREAM, 0, version, [span], []), rows(start, length, tag)) == []
+    return length
+
+
+def finish(assembler, total, rid="a"):
+    return assembler.add(Finished(STREAM, 0, rid, total, False), {})
+
+
+def make(max_tokens=100):
+    ledger = TokenLedger()
+    return Assembler(ledger, max_tokens), ledger
+
+
+def test_chunks_and_verify_passes_become_one_sample():
+    assembler, ledger = make()
+    captured = capture(assembler, 0, 3) + capture(assembler, 3, 1) + capture(assembler, 4, 2, proposed=7)
+    assert assembler.open_tokens == captured
+    (sample,) = finish(assembler, 6)
+    assert sample.tokens_T.tolist() == [100, 101, 102, 103, 104, 105]
+    assert sample.aux_T3H[:, 0].tolist() == [0, 10, 20, 30, 40, 50]
+    assert (sample.start, sample.prompt_tokens, sample.draft_version) == (0, 4, 0)
+    assert sample.proposals == [(4, 7)]
+    assert assembler.open_tokens == 0
+    assert ledger.dropped == {}
+
+
+def test_the_newest_capture_of_a_position_wins():
+    assembler, ledger = make()
+    captured = capture(assembler, 0, 4) + capture(assembler, 4, 3) + capture(assembler, 2, 4, tag=1)
+    (sample,) = finish(assembler, 7)
+    assert sample.aux_T3H[:, 0].tolist() == [0, 10, 21, 31, 41, 51, 60]
+    assert ledger.dropped == {"repeated": 4}
+    assert captured == len(sample) + 4
+
+
+def test_positions_beyond_the_end_are_no_part_of_it():
+    assembler, ledger = make()
+    capture(assembler, 0, 4)
+    capture(assembler, 4, 4)
+    (sample,) = finish(assembler, 6)
+    assert len(sample) == 6
+    assert ledger.dropped == {"past_finish": 2}
+    capture(assembler, 8, 3)  # a pass that was already running when the request ended
+    assert ledger.dropped == {"past_finish": 5}
+    assert assembler.open_tokens == 0
+
+
+def test_a_hole_ends_the_sample():
+    assembler, ledger = make()
+    capture(assembler, 0, 4)
+    capture(assembler, 6, 3)
+    (sample,) = finish(assembler, 9)
+    assert len(sample) == 4
+    assert ledger.dropped == {"gap": 3}
+
+
+def test_a_cached_prefix_is_where_the_sample_starts():
+    assembler, _ = make()
+    capture(assembler, 16, 4, prompt=20)
+    (sample,) = finish(assembler, 20)
+    assert sample.start == 16
+    assert sample.tokens_T.tolist() == [116, 117, 118, 119]
+
+
+def test_long_and_short_requests_are_counted():
+    assembler, ledger = make(max_tokens=5)
+    capture(assembler, 0, 8)
+    (sample,) = finish(assembler, 8)
+    assert len(sample) == 5
+    assert ledger.dropped == {"too_long": 3}
+    capture(assembler, 0, 1, rid="b")
+    assert finish(assembler, 1, rid="b") == []
+    assert ledger.dropped == {"too_long": 3, "too_short": 1}
+
+
+def test_requests_do_not_mix_and_versions_are_told_apart():
+    assembler, _ = make()
+    capture(assembler, 0, 4, rid="a", version=1)
+    capture(assembler, 0, 4, rid="b", version=1)
+    capture(assembler, 4, 2, rid="a", version=2)
+    (b,) = finish(assembler, 4, rid="b")
+    (a,) = finish(assembler, 6, rid="a")
+    assert (b.rid, b.draft_version) == ("b", 1)
+    assert (a.rid, a.draft_version) == ("a", None)
+
+
+def test_a_request_whose_end_was_lost_is_given_up():
+    ledger = TokenLedger()
+    assembler = Assembler(ledger, 100, abandoned_after_s=0)
+    capture(assembler, 0, 4)
+    assembler.expire()
+    assert ledger.dropped == {"abandoned": 4}
+    assert assembler.open_tokens == 0
+
+
+def test_the_end_of_an_unknown_request_is_nothing():
+    assembler, ledger = make()
+    assert finish(assembler, 4, rid="never seen") == []
+    assert ledger.dropped == {}

@@ -1,0 +1,75 @@
+"""The unrolled draft against a plain re-enactment of what a server does with it, row by row."""
+
+import pytest
+import torch
+
+from sglang_specforge.checkpoint import load_config
+from tests.tiny import HIDDEN, make_run, make_sample, make_target
+from trainer.draft import _rotate
+from trainer.learner import load_draft
+
+
+def serve_chain(draft, embed_LH, aux_L3H, row, steps, first_position):
+    """Logits of a chain drafted after ``row``: keys of the verified prefix, then the chain's own."""
+    layer, attention = draft.midlayer, draft.midlayer.self_attn
+    groups = attention.Q // attention.G
+    keys, values, logits = [], [], []
+
+    def advance(embed_H, hidden_H, position):
+        x = torch.cat([layer.input_layernorm(embed_H), layer.hidden_norm(hidden_H)])
+        cos, sin = draft._rotary[0](x[None, None], torch.tensor([[position]]))
+        q, k, v = (p(x).view(1, -1, 1, attention.P) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+        q, k = _rotate(q, cos, sin)[0, :, 0], _rotate(k, cos, sin)[0, :, 0]
+        keys.append(k.repeat_interleave(groups, 0))
+        values.append(v[0, :, 0].repeat_interleave(groups, 0))
+        scores = torch.stack([(q * key).sum(-1) for key in keys], -1) * attention.P**-0.5
+        mixed = torch.einsum("hs,shp->hp", scores.softmax(-1), torch.stack(values))
+        hidden_H = hidden_H + attention.o_proj(mixed.flatten())
+        return hidden_H + layer.mlp(layer.post_attention_layernorm(hidden_H))
+
+    for t in range(row + 1):
+        hidden_H = advance(embed_LH[t], draft.fc(aux_L3H[t]), first_position + t)
+    logits.append(draft.lm_head(draft.norm(hidden_H)))
+    for k in range(1, steps):
+        hidden_H = advance(embed_LH[row + k], hidden_H, first_position + row + k)
+        logits.append(draft.lm_head(draft.norm(hidden_H)))
+    return logits
+
+
+@pytest.mark.parametrize("first_position", [0, 5])
+def test_each_row_sees_what_a_served_chain_sees(tmp_path, first_position):
+    run = make_run(tmp_path, make_target(tmp_path / "target"))
+    draft = load_draft(run, run.version_path(0))
+    sample = make_sample(9)
+    embed_1LH = torch.randn(1, 9, HIDDEN)
+    steps = 4
+    with torch.no_grad():
+        positions = first_position + torch.arange(9)[None]
+        unrolled = draft(embed_1LH, sample.aux_T3H[None], positions, steps)
+        for row in range(9 - steps + 1):
+            served = serve_chain(draft, embed_1LH[0], sample.aux_T3H, row, steps, first_position)
+            for k in range(steps):
+                torch.testing.assert_close(unrolled[k][0, row], served[k], atol=1e-5, rtol=1e-4)
+
+
+def test_padding_changes_nothing(tmp_path):
+    run = make_run(tmp_path, make_target(tmp_path / "target"))
+    draft = load_draft(run, run.version_path(0))
+    embed, aux, positions = torch.randn(1, 6, HIDDEN), torch.randn(1, 6, 3 * HIDDEN), torch.arange(6)[None]
+    pad = (0, 0, 0, 4)
+    with torch.no_grad():
+        alone = draft(embed, aux, positions, 2)
+        padded = draft(
+            torch.nn.functional.pad(embed, pad), torch.nn.functional.pad(aux, pad), torch.arange(10)[None], 2
+        )
+    torch.testing.assert_close(padded[0][:, :6], alone[0])
+    torch.testing.assert_close(padded[1][:, :5], alone[1][:, :5])
+
+
+def test_the_layout_is_the_checkpoints(tmp_path):
+    run = make_run(tmp_path, make_target(tmp_path / "target"))
+    config = load_config(run.version_path(0))
+    names = set(load_draft(run, run.version_path(0)).state_dict())
+    from sglang_specforge.checkpoint import expected_shapes
+
+    assert names == set(expected_shapes(config))

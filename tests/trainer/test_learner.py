@@ -1,0 +1,108 @@
+"""The training step and its checkpoints, under FSDP2 in one process as the trainer runs it."""
+
+import pytest
+import torch
+
+from sglang_specforge.checkpoint import load_checked, save_checkpoint
+from sglang_specforge.contracts.control import Parity, TokenLedger
+from sglang_specforge.versions import VersionFolder
+from tests.tiny import make_run, make_sample, make_target
+from trainer.learner import Learner
+from trainer.parity import ParityCheck
+from trainer.resume import Checkpoints, ResumeError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def run(tmp_path):
+    return make_run(
+        tmp_path, make_target(tmp_path / "target"), learning_rate=1e-2, warmup_steps=2, loss_on="all", ttt_steps=3
+    )
+
+
+def test_the_loss_falls_and_acceptance_rises_on_a_sample_seen_again(run):
+    # The head's weights are small: large states make a teacher that has something to say.
+    learner, samples = Learner(run, CPU), [make_sample(24, last_TH=100 * torch.randn(24, 16))]
+    before = learner.acceptance_length(samples)
+    first = learner.train(samples)
+    for _ in range(60):
+        last = learner.train(samples)
+    assert last < 0.7 * first
+    assert learner.acceptance_length(samples) > before
+
+
+def test_a_published_version_passes_the_servers_checks_and_carries_the_weights(run):
+    learner = Learner(run, CPU)
+    learner.train([make_sample(24)])
+    version = VersionFolder(run.run_dir).publish(learner.config, learner.export(), keep=3)
+    loaded = load_checked(run.version_path(version), learner.config, run.target_fingerprint)
+    assert torch.equal(loaded["fc.weight"], learner.draft.fc.weight.full_tensor())
+    assert loaded["fc.weight"].dtype == torch.float32
+
+
+def test_resuming_goes_on_exactly(run):
+    ledger, parity = TokenLedger(trained=5, streams={"s": 7}), Parity(compared=3, agreed=3)
+    first = Learner(run, CPU)
+    for seed in range(3):
+        first.train([make_sample(20, seed=seed)])
+    Checkpoints(run).save(first, ledger, parity)
+    expected = [first.train([make_sample(20, seed=seed)]) for seed in range(3, 6)]
+
+    second = Learner(run, CPU)
+    progress = Checkpoints(run).resume(second)
+    assert second.step == 3
+    assert (progress.ledger, progress.parity) == (ledger, parity)
+    assert [second.train([make_sample(20, seed=seed)]) for seed in range(3, 6)] == expected
+
+
+def test_a_server_started_anew_starts_a_new_account(run):
+    learner = Learner(run, CPU)
+    Checkpoints(run).save(learner, TokenLedger(trained=5), Parity())
+    restarted = run.model_copy(update={"spans_endpoint": "ipc:///elsewhere"})
+    assert Checkpoints(restarted).resume(Learner(restarted, CPU)).ledger == TokenLedger()
+
+
+def test_a_checkpoint_of_another_target_is_refused_by_name(run):
+    Checkpoints(run).save(Learner(run, CPU), TokenLedger(), Parity())
+    other = run.model_copy(update={"target_fingerprint": "0123456789abcdef"})
+    with pytest.raises(ResumeError, match="0123456789abcdef"):
+        Checkpoints(other).resume(Learner(run, CPU))
+
+
+def test_a_step_that_is_not_finite_changes_nothing(run):
+    learner = Learner(run, CPU)
+    before = learner.draft.fc.weight.full_tensor().clone()
+    learner.train([make_sample(12, aux_T3H=torch.full((12, 48), float("nan")))])
+    assert torch.equal(learner.draft.fc.weight.full_tensor(), before)
+
+
+def test_parity_tells_the_served_version_from_another(run):
+    learner = Learner(run, CPU)
+    tensors = {name: t.clone() for name, t in learner.export().items()}
+    check = ParityCheck(run, CPU, Parity())
+    draft = check._draft(0)
+    sample = make_sample(20)
+    embed = torch.nn.functional.embedding(sample.tokens_T, learner.target.embed_VH)
+    shifted = torch.nn.functional.pad(embed, (0, 0, 0, 1))[1:]
+    with torch.no_grad():
+        top = draft(shifted[None], sample.aux_T3H[None], torch.arange(20)[None], 1)[0][0].argmax(-1) + draft.d2t[0]
+    proposals = [(p, int(top[p - 1])) for p in range(4, 19)]
+    check.compare(make_sample(20, proposals=proposals))
+    assert (check.parity.agreed, check.parity.compared) == (15, 15)
+
+    tensors["fc.weight"] = torch.randn_like(tensors["fc.weight"])
+    save_checkpoint(run.version_path(1), learner.config, tensors)
+    check.compare(make_sample(20, proposals=proposals, draft_version=1))
+    assert check.parity.compared == 30
+    assert check.parity.agreed < 25
+    check.compare(make_sample(20, proposals=proposals, start=3))  # its prefix is not known
+    check.compare(make_sample(20, proposals=proposals, draft_version=None))
+    assert check.parity.compared == 30
