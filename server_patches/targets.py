@@ -17,7 +17,15 @@ class Target:
     parameters: tuple[str, ...]
 
 
-def verify(targets: tuple[Target, ...], supported: str, found: str) -> None:
+@dataclass(frozen=True)
+class Fields:
+    """A dataclass by its dotted path and the fields that a hook reads."""
+
+    path: str
+    names: tuple[str, ...]
+
+
+def verify(targets: tuple[Target | Fields, ...], supported: str, found: str) -> None:
     """Raises IncompatibleSGLang naming every target that differs, what was expected, and the supported versions."""
     problems = [problem for target in targets if (problem := _differs(target))]
     if problems:
@@ -27,12 +35,17 @@ def verify(targets: tuple[Target, ...], supported: str, found: str) -> None:
         )
 
 
-def _differs(target: Target) -> str | None:
-    expected = f"{target.path}({', '.join(target.parameters)})"
+def _differs(target: Target | Fields) -> str | None:
+    wanted = target.parameters if isinstance(target, Target) else target.names
+    expected = f"{target.path}({', '.join(wanted)})"
     try:
-        found = inspect.signature(inspect.unwrap(pkgutil.resolve_name(target.path)))
+        symbol = pkgutil.resolve_name(target.path)
     except (ImportError, AttributeError) as error:
         return f"{target.path}: expected {expected}, but it is not there ({error})"
+    if isinstance(target, Fields):
+        missing = set(target.names) - set(getattr(symbol, "__dataclass_fields__", ()))
+        return f"{target.path}: expected {expected}, without {', '.join(sorted(missing))}" if missing else None
+    found = inspect.signature(inspect.unwrap(symbol))
     names = iter(found.parameters)
     if not all(name in names for name in target.parameters):
         return f"{target.path}: expected {expected}, found {found}"

@@ -71,8 +71,8 @@ class ControlService:
         return version
 
     async def status(self) -> dict[str, Any]:
-        """The answer of ``GET /draft/status``."""
-        ranks = [state["draft_training"] for state in await self._engine.get_states() if "draft_training" in state]
+        """The answer of ``GET /draft/status``. Raises NotAttached."""
+        ranks = await self._ranks()
         exports = [rank["export"] for rank in ranks if rank["export"]]
         acceptance = _acceptance(exports)
         ledger = self._heartbeat.ledger
@@ -98,6 +98,12 @@ class ControlService:
             "export": exports,
             "trainer": self._trainer_status(),
         }
+
+    async def _ranks(self) -> list[dict[str, Any]]:
+        states = await self._engine.get_states()
+        if not all("draft_training" in state for state in states):
+            raise NotAttached("a scheduler runs without draft training: its plugin did not load; see the server's log")
+        return [state["draft_training"] for state in states]
 
     def _trainer_status(self) -> dict[str, Any]:
         silent_s = None if self._heard_at is None else time.monotonic() - self._heard_at
@@ -152,7 +158,7 @@ class ControlService:
         await self._engine.set_state("draft_training_stage", version)
         while True:
             await asyncio.sleep(_SWAP_POLL_S)
-            banks = [state["draft_training"]["bank"] for state in await self._engine.get_states()]
+            banks = [rank["bank"] for rank in await self._ranks()]
             for bank in banks:
                 if reason := bank["refused"].get(str(version)):
                     raise SwapRefused(reason)
@@ -161,6 +167,10 @@ class ControlService:
             # One rank answers for its TP group; where another is still loading, all ranks decline alike.
             if await self._engine.set_state("draft_training_activate", version):
                 return
+
+
+class NotAttached(RuntimeError):
+    """The schedulers do not run the plugin."""
 
 
 class SwapRefused(RuntimeError):

@@ -7,7 +7,6 @@ import asyncio
 import contextlib
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +27,6 @@ from matplotlib import pyplot  # noqa: E402
 
 console = Console()
 
-_READY_LIMIT_S = 180.0
 _LOOK_EVERY_S = 2.0
 _WINDOW_S = 30.0
 _TRAFFIC = {"concurrency": 8, "max_tokens": 128, "temperature": 0.0}
@@ -96,18 +94,21 @@ def run_demo(
 
 
 async def _demo(model: Path, out: Path, learn_s: float, tp: int, device: str) -> bool:
-    serving = [*SERVING, "--model-path", model, "--served-model-name", "default", "--device", device, "--tp-size", tp]
+    serving = [*SERVING, "--model-path", model, "--served-model-name", "default"]
     training = [part for name, value in TRAINING.items() for part in (f"--draft-training-{name}", value)]
     training += ["--enable-draft-training", "--draft-training-run-dir", out / "run"]
 
     console.print("starting a server without speculation, to compare with")
-    with _serve(out / "plain.log", serving, tp, device) as server, _driving(server) as tally:
+    with ServerProcess.start(out / "plain.log", serving, device=device, tp=tp) as server, _driving(server) as tally:
         await asyncio.sleep(_WINDOW_S)
         plain_tokens_per_s, failures = tally.tokens_per_s, list(tally.failures)
 
     console.print("starting a server with draft training and a random draft")
     looks: list[Look] = []
-    with _serve(out / "server.log", [*serving, *training], tp, device) as server, _driving(server) as tally:
+    with (
+        ServerProcess.start(out / "server.log", [*serving, *training], device=device, tp=tp) as server,
+        _driving(server) as tally,
+    ):
         with Live(console=console, auto_refresh=False, transient=True) as live:
             while tally_s(tally) < learn_s:
                 await asyncio.sleep(_LOOK_EVERY_S)
@@ -123,24 +124,6 @@ async def _demo(model: Path, out: Path, learn_s: float, tp: int, device: str) ->
 
 def tally_s(tally: traffic.Tally) -> float:
     return time.monotonic() - tally.started_s
-
-
-def _serve(log: Path, arguments: list[Any], tp: int, device: str) -> ServerProcess:
-    environment = {"OMP_NUM_THREADS": "1"}
-    if device == "cpu":
-        environment["SGLANG_USE_CPU_ENGINE"] = "1"
-        if tp > 1:
-            environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(tp)))
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = ServerProcess(log, port, arguments, environment)
-    try:
-        server.wait_until_ready(_READY_LIMIT_S)
-    except BaseException:
-        server.stop()
-        raise
-    return server
 
 
 @contextlib.contextmanager

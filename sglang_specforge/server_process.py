@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,7 +24,13 @@ class ServerFailed(RuntimeError):
 class ServerProcess:
     """``python -m sglang.launch_server`` in a process group of its own, logging to a file."""
 
-    def __init__(self, log: Path, port: int, arguments: Sequence[Any], environment: dict[str, str]) -> None:
+    def __init__(self, log: Path, arguments: Sequence[Any], *, device: str = "cpu", tp: int = 1) -> None:
+        port, environment = _free_port(), {}
+        if device == "cpu":
+            environment = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
+            if tp > 1:
+                environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(tp)))
+        arguments = ["--device", device, "--tp-size", tp, *arguments]
         self.url, self.log = f"http://127.0.0.1:{port}", log
         command = [sys.executable, "-m", "sglang.launch_server", "--host", "127.0.0.1", "--port", port, *arguments]
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -42,6 +49,17 @@ class ServerProcess:
 
     def __exit__(self, *_: Any) -> None:
         self.stop()
+
+    @classmethod
+    def start(cls, *args: Any, ready_limit_s: float = 240.0, **kwargs: Any) -> "ServerProcess":
+        """A server that is ready. Raises ServerFailed, and then nothing of it is left."""
+        server = cls(*args, **kwargs)
+        try:
+            server.wait_until_ready(ready_limit_s)
+        except BaseException:
+            server.stop()
+            raise
+        return server
 
     def wait_until_ready(self, limit_s: float) -> None:
         """Until it has generated a token. Raises ServerFailed."""
@@ -83,3 +101,9 @@ class ServerProcess:
         except ProcessLookupError:
             return False
         return True
+
+
+def _free_port() -> int:
+    with contextlib.closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

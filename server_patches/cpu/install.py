@@ -41,6 +41,9 @@ def install_kernels() -> None:
     """Register the module ``sgl_kernel`` and the two ``torch.ops.sgl_kernel`` attention operators. Idempotent."""
     if is_installed():
         return
+    # SGLang compiles a helper of its speculation: on a CPU that costs half a minute, needs a C++ compiler and gains
+    # nothing. Read when torch._dynamo is first imported, which is later than this.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     import torch
 
     kernels = portable_kernels()

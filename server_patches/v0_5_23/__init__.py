@@ -5,7 +5,7 @@ import sys
 import sglang
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from server_patches.targets import Target, verify
+from server_patches.targets import Fields, Target, verify
 
 SUPPORTED = "sglang==0.5.23"
 
@@ -25,6 +25,12 @@ TARGETS = (
     Target("sglang.srt.managers.tokenizer_manager.TokenizerManager.set_internal_state", ("self", "obj")),
     Target("sglang.srt.managers.tokenizer_manager.TokenizerManager.get_internal_state", ("self",)),
     Target(f"{_HTTP}.launch_server", ("server_args",)),
+    Target("sglang.srt.layers.logits_processor.LogitsProcessor._get_last_hidden_states_to_store", ("self",)),
+    Fields("sglang.srt.layers.logits_processor.LogitsProcessorOutput", ("hidden_states", "last_hidden_states")),
+    Fields(
+        "sglang.srt.managers.utils.GenerationBatchResult",
+        ("logits_output", "next_token_ids", "accept_lens", "accept_index"),
+    ),
 )
 
 

@@ -11,7 +11,7 @@ from sglang.srt.entrypoints import http_server
 from sglang.srt.managers.io_struct import SetInternalStateReq
 
 from sglang_specforge.checkpoint import CheckpointError
-from sglang_specforge.control import ControlService, SwapRefused, running
+from sglang_specforge.control import ControlService, NotAttached, SwapRefused, running
 from sglang_specforge.settings import Run
 
 
@@ -38,7 +38,10 @@ def make_router(service: ControlService) -> APIRouter:
     @router.get("/status")
     async def status() -> dict[str, Any]:
         """Versions, tokens by fate, acceptance length overall and by version, and the trainer's state."""
-        return await service.status()
+        try:
+            return await service.status()
+        except NotAttached as error:
+            raise HTTPException(503, str(error)) from error
 
     @router.post("/versions")
     async def swap_in(checkpoint: NewVersion) -> dict[str, int]:

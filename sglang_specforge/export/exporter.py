@@ -66,7 +66,7 @@ class Exporter:
 
     def watch(self, request: WatchedRequest) -> None:
         """Announce the end of this request when it comes (scheduler thread)."""
-        self._watched.setdefault(request.rid, request)
+        self._watched[request.rid] = request
 
     def counters(self) -> dict[str, Any]:
         """Tokens captured = sent + dropped, once the queue is empty."""

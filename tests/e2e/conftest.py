@@ -1,0 +1,124 @@
+"""Real SGLang servers on this machine's CPU, one at a time, and the requests that the tests make."""
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from sglang_specforge.server_process import ServerProcess
+from sglang_specforge.traffic import stream_prompts
+
+TARGET = Path(__file__).parents[2] / "examples" / "tiny_target"
+SERVING = ["--max-total-tokens", 16384, "--max-running-requests", 16, "--random-seed", 0, "--log-level", "warning"]
+
+
+class Client:
+    """What a user's program does with a server."""
+
+    def __init__(self, server: ServerProcess) -> None:
+        self.server = server
+        self._http = httpx.Client(base_url=server.url, timeout=120, trust_env=False)
+
+    def generate(self, prompt: str | list[int], tokens: int = 48, **sampling: Any) -> dict[str, Any]:
+        """One answer of ``/generate``, greedy unless told otherwise; raises for anything but 200."""
+        parameters = {"temperature": 0, "max_new_tokens": tokens, **sampling}
+        given = {"text": prompt} if isinstance(prompt, str) else {"input_ids": prompt}
+        answer = self._http.post("/generate", json={**given, "sampling_params": parameters})
+        answer.raise_for_status()
+        return answer.json()
+
+    def generate_all(self, prompts: list[Any], tokens: int = 48, workers: int = 6) -> list[dict[str, Any]]:
+        with ThreadPoolExecutor(workers) as pool:
+            return list(pool.map(lambda prompt: self.generate(prompt, tokens), prompts))
+
+    def post(self, path: str, **kwargs: Any) -> httpx.Response:
+        return self._http.post(path, **kwargs)
+
+    def get(self, path: str) -> httpx.Response:
+        return self._http.get(path)
+
+    def status(self) -> dict[str, Any]:
+        return self.server.status()
+
+
+def prompts(count: int, seed: int = 0) -> list[str]:
+    return list(islice(stream_prompts(seed), count))
+
+
+def wait_for(what: str, condition: Callable[[], Any], limit_s: float = 90.0) -> Any:
+    """The condition's first true value; fails with ``what`` was waited for."""
+    end_s = time.monotonic() + limit_s
+    while time.monotonic() < end_s:
+        if value := condition():
+            return value
+        time.sleep(0.2)
+    raise AssertionError(f"not within {limit_s:.0f} s: {what}")
+
+
+def outputs(answers: list[dict[str, Any]]) -> list[list[int]]:
+    return [answer["output_ids"] for answer in answers]
+
+
+def settled(client: Client) -> dict[str, Any]:
+    """A status in which nothing is under way and the trainer has spoken since."""
+
+    def look() -> dict[str, Any] | None:
+        first = client.status()
+        time.sleep(2.5)  # two heartbeats
+        second = client.status()
+        quiet = first["tokens"]["captured"] == second["tokens"]["captured"] and second["tokens"]["in_flight"] == 0
+        return second if quiet and not any(e["queued_passes"] for e in second["export"]) else None
+
+    return wait_for("captured tokens come to rest", look)
+
+
+def assert_every_token_is_accounted_for(status: dict[str, Any]) -> None:
+    tokens = status["tokens"]
+    fates = tokens["trained"] + tokens["held_out"] + tokens["buffered"] + sum(tokens["dropped"].values())
+    assert tokens["captured"] == fates, tokens
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Client]]:
+    """Starts a server in place of the one before it: two cores carry one at a time."""
+    running: dict[tuple, Client] = {}
+
+    def begin(*arguments: Any, training: dict[str, Any] | None = None, model: Path = TARGET, tp: int = 1) -> Client:
+        key = (arguments, repr(training), model, tp)
+        if key in running:
+            return running[key]
+        while running:
+            running.popitem()[1].server.stop()
+        folder = tmp_path_factory.mktemp("server")
+        flags: list[Any] = []
+        if training is not None:
+            flags = ["--enable-draft-training", "--draft-training-run-dir", folder / "run"]
+            flags += [part for name, value in training.items() for part in (f"--draft-training-{name}", value)]
+        server = ServerProcess.start(folder / "log", ["--model-path", model, *SERVING, *arguments, *flags], tp=tp)
+        server.run_dir = folder / "run"
+        running[key] = Client(server)
+        return running[key]
+
+    yield begin
+    while running:
+        running.popitem()[1].server.stop()
+
+
+@pytest.fixture(scope="session")
+def reference(start: Callable[..., Client]) -> Callable[..., list[list[int]]]:
+    """Greedy outputs of a server without speculation and without the flag, computed once for each model."""
+    known: dict[Path, list[list[int]]] = {}
+
+    def of(model: Path = TARGET) -> list[list[int]]:
+        if model not in known:
+            client = start("--dtype", "float32", model=model)
+            assert client.get("/draft/status").status_code == 404
+            known[model] = outputs(client.generate_all(prompts(50)))
+        return known[model]
+
+    return of

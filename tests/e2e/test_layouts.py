@@ -1,0 +1,74 @@
+"""The same loop under other layouts: tensor parallel, trees, bf16, experts in parallel. Short: each shows that
+
+states arrive aligned (parity), that a swap reaches every rank, and that the output stays what it was.
+"""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.e2e.conftest import TARGET, assert_every_token_is_accounted_for, outputs, prompts, settled, wait_for
+
+TRAINING = {
+    "publish-every-s": 4, "batch-tokens": 512, "holdout-every": 2, "ttt-steps": 3, "learning-rate": 2e-3,
+    "loss-on": "all", "warmup-steps": 10, "draft-vocab-size": 768,
+}  # fmt: skip
+TREE = [
+    "--speculative-num-steps", 3, "--speculative-eagle-topk", 4, "--speculative-num-draft-tokens", 8,
+]  # fmt: skip
+NO_CACHE = "--disable-radix-cache"  # whole sequences are captured, so that parity can compare all of them
+
+
+def run_loop(client, reference_outputs=None):
+    """Traffic until two swaps and 200 compared proposals have come; returns the status at the end."""
+
+    def enough():
+        answers = client.generate_all(prompts(24), tokens=48)
+        if reference_outputs is not None:
+            assert outputs(answers) == reference_outputs[:24]
+        status = client.status()
+        return status["draft"]["swaps"] >= 2 and status["trainer"]["parity"]["compared"] >= 200
+
+    wait_for("two swaps and 200 compared proposals", enough, 240)
+    status = settled(client)
+    assert_every_token_is_accounted_for(status)
+    assert status["draft"]["refused"] == {}
+    return status
+
+
+def test_tree_drafts(start, reference):
+    expected = reference()
+    status = run_loop(start("--dtype", "float32", NO_CACHE, *TREE, training=TRAINING), expected)
+    assert status["trainer"]["parity"]["agreed"] == status["trainer"]["parity"]["compared"]
+
+
+def test_two_tensor_parallel_ranks(start, reference):
+    expected = reference()
+    client = start("--dtype", "float32", NO_CACHE, training=TRAINING, tp=2)
+    status = run_loop(client, expected)
+    assert len(status["export"]) == 1
+    assert status["trainer"]["parity"]["agreed"] == status["trainer"]["parity"]["compared"]
+    before, after = (
+        status["acceptance_by_version"][v]["length"] for v in ("0", str(status["draft"]["active_version"]))
+    )
+    assert after > before
+
+
+def test_bf16(start):
+    parity = run_loop(start("--dtype", "bfloat16", NO_CACHE, training=TRAINING))["trainer"]["parity"]
+    assert parity["agreed"] >= 0.99 * parity["compared"]
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("moe")
+    subprocess.run([sys.executable, TARGET / "make_moe.py", folder], check=True, timeout=120)
+    return folder
+
+
+def test_experts_in_parallel(start, reference, moe):
+    expected = reference(moe)
+    client = start("--dtype", "float32", NO_CACHE, "--ep-size", 2, training=TRAINING, model=moe, tp=2)
+    status = run_loop(client, expected)
+    assert status["trainer"]["parity"]["agreed"] == status["trainer"]["parity"]["compared"]

@@ -1,0 +1,173 @@
+"""The loop on the real server: capture, train, swap, under load, without a change to what clients get."""
+
+import json
+import os
+import random
+import shutil
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from sglang_specforge.checkpoint import FINGERPRINT_KEY
+from tests.e2e.conftest import assert_every_token_is_accounted_for, outputs, prompts, settled, wait_for
+
+TRAINING = {
+    "publish-every-s": 2, "batch-tokens": 512, "holdout-every": 2, "ttt-steps": 3, "learning-rate": 2e-3,
+    "loss-on": "all", "warmup-steps": 10, "draft-vocab-size": 768, "replay-tokens": 20000,
+}  # fmt: skip
+
+
+@pytest.fixture
+def client(start, reference):
+    reference()  # its server has to be done with before this one starts
+    return start("--dtype", "float32", "--chunked-prefill-size", 128, training=TRAINING)
+
+
+def test_output_is_that_of_a_server_without_speculation_while_drafts_are_swapped(client, reference):
+    assert outputs(client.generate_all(prompts(50))) == reference()
+    wait_for("a first swap", lambda: client.status()["draft"]["swaps"] >= 1)
+    before = client.status()
+    found = outputs(client.generate_all(prompts(50)))
+    after = client.status()
+    assert found == reference()
+    assert after["draft"]["swaps"] >= before["draft"]["swaps"] + 2
+    assert after["acceptance"]["passes"] > before["acceptance"]["passes"]
+
+
+def test_the_trainer_proposes_what_the_worker_proposed(client):
+    """Served fp32 weights, run by the trainer on captured states, choose the very tokens the worker drafted."""
+
+    def enough():
+        # A first token that no other request has keeps the prefix cache out: the whole sequence is captured.
+        rng = random.Random(client.status()["tokens"]["captured"])
+        client.generate_all([[rng.randrange(5, 1024) for _ in range(12)] for _ in range(12)], tokens=32)
+        parity = client.status()["trainer"]["parity"]
+        return parity if parity["compared"] >= 500 else None
+
+    parity = wait_for("500 compared proposals", enough, 240)
+    assert parity["agreed"] == parity["compared"]
+
+
+def test_every_captured_token_has_a_fate_after_mixed_requests(client):
+    before = settled(client)["tokens"]["captured"]
+    shared = " ".join(prompts(6, seed=3))[:900]
+    rng = random.Random(0)
+    texts = prompts(200, seed=4)
+
+    def work(i):
+        kind = i % 5
+        if kind == 0:
+            return client.generate(" ".join(prompts(12, seed=i))[:1600], tokens=8)  # chunked
+        if kind == 1:
+            return client.generate(shared + texts[i], tokens=16)
+        if kind == 2:
+            return client.generate(texts[i], tokens=1)
+        if kind == 3:
+            rid = f"aborted-{i}"
+            with pytest.raises(httpx.TimeoutException):
+                body = {"text": texts[i], "rid": rid, "sampling_params": {"max_new_tokens": 400, "ignore_eos": True}}
+                client.post("/generate", json=body, timeout=0.3 + rng.random())
+            client.post("/abort_request", json={"rid": rid})
+            return None
+        return client.generate(texts[i], tokens=24, temperature=0.8)
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = [a["meta_info"] for a in pool.map(work, range(200)) if a]
+    assert len(answers) == 160
+    status = settled(client)
+    assert_every_token_is_accounted_for(status)
+    # Each answer's tokens were captured, but the last one, whose states no pass computes.
+    expected = sum(a["prompt_tokens"] - a["cached_tokens"] + a["completion_tokens"] - 1 for a in answers)
+    assert status["tokens"]["captured"] - before >= expected
+    assert sum(a["cached_tokens"] for a in answers) > 1000
+    assert status["trainer"]["malformed_messages"] == 0
+
+
+def make_bad_checkpoint(client, folder, damage):
+    versions = client.server.run_dir / "versions"
+    shutil.copytree(versions / "initial", folder)
+    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    if damage == "shape":
+        tensors["fc.weight"] = tensors["fc.weight"][:, :-1].contiguous()
+    elif damage == "nan":
+        tensors["norm.weight"][3] = torch.nan
+    else:
+        config[FINGERPRINT_KEY] = "feedfacefeedface"
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"), [("shape", "fc.weight has shape"), ("nan", "norm.weight"), ("target", "feedfacefeedface")]
+)
+def test_a_bad_checkpoint_is_refused_and_serving_goes_on(client, reference, tmp_path, damage, named):
+    make_bad_checkpoint(client, tmp_path / "bad", damage)
+    answer = client.post("/draft/versions", json={"path": str(tmp_path / "bad")})
+    assert answer.status_code == 422
+    assert named in answer.json()["detail"]
+    status = client.status()
+    refused = [version for version, why in status["draft"]["refused"].items() if named in why]
+    assert refused
+    assert str(status["draft"]["active_version"]) not in refused
+    assert outputs(client.generate_all(prompts(6))) == reference()[:6]
+
+
+def test_a_good_checkpoint_is_swapped_in_over_http(client):
+    initial = client.server.run_dir / "versions" / "initial"
+    answer = client.post("/draft/versions", json={"path": str(initial)})
+    assert answer.status_code == 200, answer.text
+    version = answer.json()["version"]
+    status = client.status()
+    assert status["draft"]["active_version"] >= version
+    assert client.post("/draft/versions", json={"path": str(initial / "nowhere")}).status_code == 422
+    assert client.post("/draft/versions", json={"pth": "x"}).status_code == 422
+
+
+@pytest.mark.parametrize("way", ["killed", "stopped for 30 s"])
+def test_the_trainer_is_gone_and_no_request_notices(client, reference, way):
+    wait_for("a trained step", lambda: client.status()["trainer"]["step"] > 0)
+    process = client.status()["trainer"]["process"]
+    if way == "killed":
+        os.kill(process["pid"], signal.SIGKILL)
+        for _ in range(2):
+            assert outputs(client.generate_all(prompts(50))) == reference()
+        after = wait_for("a restarted trainer", lambda: restarted(client, process["restarts"]))
+        assert after["trainer"]["resumed_from_step"] > 0
+    else:
+        os.kill(process["pid"], signal.SIGSTOP)
+        try:
+            wait_for("30 s of requests", requests_for(client, reference, 30), 120)
+            assert client.status()["trainer"]["state"] == "silent"
+        finally:
+            os.kill(process["pid"], signal.SIGCONT)
+    step = wait_for("a word from the trainer", lambda: heard(client))["trainer"]["step"]
+    client.generate_all(prompts(30, seed=9))
+    wait_for("training goes on", lambda: client.status()["trainer"]["step"] > step)
+    assert_every_token_is_accounted_for(settled(client))
+
+
+def restarted(client, restarts):
+    status = client.status()
+    ready = status["trainer"]["process"]["restarts"] > restarts and heard(client)
+    return status if ready and status["trainer"]["resumed_from_step"] else None
+
+
+def heard(client):
+    status = client.status()
+    return status if status["trainer"]["silent_s"] < 3 else None
+
+
+def requests_for(client, reference, seconds):
+    import time
+
+    end_s = time.monotonic() + seconds
+
+    def more():
+        assert outputs(client.generate_all(prompts(10))) == reference()[:10]
+        return time.monotonic() > end_s
+
+    return more

@@ -1,0 +1,96 @@
+"""The launcher's flags: through SGLang's own entry in a process of its own, and bad ones through its parser."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from sglang.srt.server_args import ServerArgs
+
+from server_patches.v0_5_23 import flags
+from sglang_specforge.settings import DraftTrainingSettings
+from tests.tiny import make_target
+
+SCRIPT = """
+import json, os, sys
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.plugins.hook_registry import HookRegistry
+HookRegistry.apply_hooks()
+from sglang.srt.server_args import prepare_server_args
+args = prepare_server_args(sys.argv[1:])
+fields = {name: repr(value) for name, value in args.resolved_dict().items()}
+print("ANSWER" + json.dumps([fields, os.environ.get("SGLANG_SPECFORGE_RUN")]))
+"""
+
+
+def parse(*arguments, plugins="specforge"):
+    command = [sys.executable, "-c", SCRIPT, "--device", "cpu", "--port", "30000", "--random-seed", "1", *arguments]
+    environment = {"SGLANG_PLUGINS": plugins, "SGLANG_USE_CPU_ENGINE": "1"}
+    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=180)
+
+
+def answer(result):
+    line = next((line for line in result.stdout.splitlines() if line.startswith("ANSWER")), None)
+    assert line, result.stdout + result.stderr
+    return json.loads(line.removeprefix("ANSWER"))
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory):
+    return make_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture(scope="module")
+def parser():
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    flags.add_flags(None, parser)
+    return parser
+
+
+def test_without_the_flag_nothing_changes(target):
+    with_plugin = answer(parse("--model-path", str(target)))
+    assert with_plugin == answer(parse("--model-path", str(target), plugins="specforge_cpu_kernels"))
+    assert with_plugin[1] is None
+    assert with_plugin[0]["speculative_algorithm"] == "None"
+
+
+def test_the_flag_makes_a_draft_and_sets_speculation(target, tmp_path):
+    run_dir = tmp_path / "run"
+    fields, run = answer(
+        parse("--model-path", str(target), "--enable-draft-training", "--draft-training-run-dir", str(run_dir))
+    )
+    assert fields["speculative_algorithm"] == "'EAGLE3'"
+    assert (fields["speculative_num_steps"], fields["speculative_eagle_topk"]) == ("3", "1")
+    assert fields["speculative_num_draft_tokens"] == "4"
+    assert (run_dir / "versions" / "initial" / "model.safetensors").exists()
+    assert json.loads(run)["settings"]["run_dir"] == str(run_dir)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--draft-training-run-dir given without --enable-draft-training"),
+        (["--enable-draft-training", "--draft-training-ttt-steps", "0"], "'ttt_steps' = '0' is not accepted"),
+        (["--enable-draft-training", "--draft-training-ttt-stepz", "3"], "--draft-training-ttt-stepz"),
+        (["--enable-draft-training", "--speculative-algorithm", "NGRAM"], "not --speculative-algorithm NGRAM"),
+        (["--enable-draft-training", "--pp-size", "2"], "without pipeline parallelism"),
+        (["--enable-draft-training", "--dtype", "float16"], "not float16; give --dtype bfloat16"),
+    ],
+)
+def test_contradictions_stop_the_start(parser, target, tmp_path, capsys, arguments, message):
+    given = ["--model-path", str(target), "--draft-training-run-dir", str(tmp_path), *arguments]
+    with pytest.raises(SystemExit) as stopped:
+        flags.consume_flags(None, parser.parse_args(given))
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_has_a_group_with_every_setting(parser):
+    shown = parser.format_help()
+    assert "draft training:" in shown
+    for name in DraftTrainingSettings.model_fields:
+        assert f"--draft-training-{name.replace('_', '-')}" in shown

@@ -1,0 +1,28 @@
+"""The table of hook targets: it fits the SGLang that is installed, and what does not fit is named."""
+
+import pytest
+
+from server_patches import v0_5_23
+from server_patches.targets import Fields, IncompatibleSGLang, Target, verify
+
+
+def test_every_target_is_as_expected():
+    v0_5_23.check()
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (Target("sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2.gone", ("self",)), "EAGLEWorkerV2.gone"),
+        (
+            Target("sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2.verify", ("self", "batches")),
+            r"expected .*verify\(self, batches\), found \(self, batch",
+        ),
+        (Target("sglang.srt.nowhere.f", ()), r"sglang\.srt\.nowhere"),
+        (Fields("sglang.srt.managers.utils.GenerationBatchResult", ("accept_lenz",)), "without accept_lenz"),
+    ],
+)
+def test_a_difference_is_named_with_what_was_expected_and_what_is_supported(target, message):
+    with pytest.raises(IncompatibleSGLang, match=message) as error:
+        verify((target,), "sglang==0.5.23", "0.9.9")
+    assert "found sglang 0.9.9, supported: sglang==0.5.23" in str(error.value)
