@@ -15,6 +15,7 @@ from sglang_specforge.settings import Run
 logger = logging.getLogger(__name__)
 
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 1.0, 60.0
+_POLL_S = 0.5
 _STABLE_S = 60.0  # a trainer that lived so long starts over with the first backoff
 
 
@@ -34,7 +35,9 @@ class TrainerSupervisor:
             while True:
                 started = time.monotonic()
                 self._process = self._spawn()
-                code = await asyncio.to_thread(self._process.wait)
+                # Polled: a thread that waits for a trainer that hangs would keep the server from ending.
+                while (code := self._process.poll()) is None:
+                    await asyncio.sleep(_POLL_S)
                 self._last_exit = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
                 if time.monotonic() - started > _STABLE_S:
                     backoff_s = _FIRST_BACKOFF_S

@@ -45,8 +45,12 @@ class Tally:
     started_s: float = field(default_factory=time.monotonic)
 
     @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self.started_s
+
+    @property
     def tokens_per_s(self) -> float:
-        return self.completion_tokens / max(1e-9, time.monotonic() - self.started_s)
+        return self.completion_tokens / max(1e-9, self.elapsed_s)
 
 
 async def drive(

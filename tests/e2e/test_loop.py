@@ -5,6 +5,9 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -13,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sglang_specforge.checkpoint import FINGERPRINT_KEY
+from sglang_specforge.versions import VersionFolder
 from tests.e2e.conftest import assert_every_token_is_accounted_for, outputs, prompts, settled, wait_for
 
 TRAINING = {
@@ -162,8 +166,6 @@ def heard(client):
 
 
 def requests_for(client, reference, seconds):
-    import time
-
     end_s = time.monotonic() + seconds
 
     def more():
@@ -171,3 +173,27 @@ def requests_for(client, reference, seconds):
         return time.monotonic() > end_s
 
     return more
+
+
+def test_the_command_line_shows_the_status(client):
+    command = [sys.executable, "-m", "sglang_specforge", "status", "--url", client.server.url]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0, shown.stderr
+    assert "acceptance length" in shown.stdout
+    wrong = subprocess.run([*command[:-1], "http://127.0.0.1:9"], capture_output=True, text=True, timeout=60)
+    assert wrong.returncode == 2
+    assert "http://127.0.0.1:9 does not answer" in wrong.stderr
+
+
+def test_a_published_version_serves_without_the_plugin_and_the_server_leaves_nothing_behind(client, start, reference):
+    versions = VersionFolder(client.server.run_dir)
+    newest = versions.path(versions.newest())
+    trainer = client.status()["trainer"]["process"]["pid"]
+    plain = start("--dtype", "float32", "--speculative-algorithm", "EAGLE3", "--speculative-num-steps", 3,
+                  "--speculative-eagle-topk", 1, "--speculative-num-draft-tokens", 4,
+                  "--speculative-draft-model-path", newest)  # fmt: skip
+    assert not os.path.exists(f"/proc/{trainer}")
+    answers = plain.generate_all(prompts(50))
+    assert outputs(answers) == reference()
+    lengths = [a["meta_info"]["spec_accept_length"] for a in answers]
+    assert sum(lengths) / len(lengths) > 1.2
