@@ -4,6 +4,8 @@ Where capture, transport or the draft's arithmetic were off (a layer, a position
 training would go well and acceptance would stay near 1. This compares tokens that came over the wire.
 """
 
+import logging
+
 import torch
 
 from sglang_specforge.checkpoint import CheckpointError
@@ -14,6 +16,10 @@ from trainer.learner import load_draft, load_target
 from trainer.loss import unroll
 from trainer.sample import Sample, collate
 
+logger = logging.getLogger(__name__)
+
+_ENOUGH, _ALIGNED = 200, 0.95
+
 
 class ParityCheck:
     """Runs step 0 of the version that was active while a sample was captured, in the served dtype."""
@@ -23,6 +29,7 @@ class ParityCheck:
         self._run, self._device, self._dtype = run, device, getattr(torch, run.served_dtype)
         self._target = load_target(run, self._dtype, device)
         self._loaded: tuple[int, Eagle3Draft] | None = None
+        self._warned = False
 
     @torch.no_grad()
     def compare(self, sample: Sample) -> None:
@@ -37,6 +44,17 @@ class ParityCheck:
         for position, proposed in sample.proposals:
             self.parity.compared += 1
             self.parity.agreed += top_L[position - 1] == proposed
+        self._warn_once()
+
+    def _warn_once(self) -> None:
+        parity = self.parity
+        if not self._warned and parity.compared >= _ENOUGH and parity.agreed < _ALIGNED * parity.compared:
+            self._warned = True
+            logger.error(
+                "draft training: the served weights propose other tokens here than in the server (%d of %d agree). "
+                "What is trained will not be accepted: are capture layers, rotary settings and dtype the server's?",
+                parity.agreed, parity.compared,
+            )  # fmt: skip
 
     def _draft(self, version: int) -> Eagle3Draft | None:
         if self._loaded is None or self._loaded[0] != version:

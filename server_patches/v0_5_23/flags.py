@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,6 +10,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry
 from server_patches.targets import IncompatibleSGLang
 from sglang_specforge.checkpoint import FINGERPRINT_KEY, CheckpointError, init_draft, load_config
 from sglang_specforge.settings import DraftTrainingSettings, Dtype, Run, SettingsError, load_settings
+from sglang_specforge.sockets import make_socket_folder
 from sglang_specforge.target import TargetError, fingerprint_target, load_target_config, resolve_target
 from sglang_specforge.versions import VersionFolder
 
@@ -65,7 +65,7 @@ def _start_run(args: argparse.Namespace, settings: DraftTrainingSettings) -> Non
     if args.speculative_draft_model_path is None:
         args.speculative_draft_model_path = str(_own_draft(settings, folder, dtype))
     _set_speculative_defaults(args)
-    sockets = Path(tempfile.mkdtemp(prefix="specforge-"))  # a Unix socket's path must stay under 108 bytes
+    sockets = make_socket_folder()
     Run(
         settings=settings,
         target_path=str(folder),

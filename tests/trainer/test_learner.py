@@ -84,7 +84,7 @@ def test_a_step_that_is_not_finite_changes_nothing(run):
     assert torch.equal(learner.draft.fc.weight.full_tensor(), before)
 
 
-def test_parity_tells_the_served_version_from_another(run):
+def test_parity_tells_the_served_version_from_another(run, caplog):
     learner = Learner(run, CPU)
     tensors = {name: t.clone() for name, t in learner.export().items()}
     check = ParityCheck(run, CPU, Parity())
@@ -103,6 +103,11 @@ def test_parity_tells_the_served_version_from_another(run):
     check.compare(make_sample(20, proposals=proposals, draft_version=1))
     assert check.parity.compared == 30
     assert check.parity.agreed < 25
+    assert not caplog.records
+    for _ in range(20):
+        check.compare(make_sample(20, proposals=proposals, draft_version=1))
+    assert len(caplog.records) == 1
+    check.parity.compared = 30
     check.compare(make_sample(20, proposals=proposals, start=3))  # its prefix is not known
     check.compare(make_sample(20, proposals=proposals, draft_version=None))
     assert check.parity.compared == 30
