@@ -77,7 +77,7 @@ def swap(
     """Put a draft checkpoint into the live server. A running trainer replaces it with its next version."""
     answer = _ask("POST", url, "/draft/versions", api_key, json={"path": str(checkpoint.absolute())}, timeout=180)
     if answer.status_code == 422:
-        _fail(answer.json()["detail"], code=1)
+        _fail(answer.json()["message"], code=1)
     console.print(f"version {answer.json()['version']} is active")
 
 
