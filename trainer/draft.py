@@ -23,8 +23,15 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps) * self.weight).to(x.dtype)
+        return self._norm(x.float()).to(x.dtype)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of the sum, taken before the sum is rounded, and the sum."""
+        sum32 = x.float() + residual.float()
+        return self._norm(sum32).to(x.dtype), sum32.to(x.dtype)
+
+    def _norm(self, x32: Tensor) -> Tensor:
+        return x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps) * self.weight
 
 
 class TTTAttention(nn.Module):
@@ -91,10 +98,12 @@ class MidLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(H, eps)
         self.self_attn, self.mlp = TTTAttention(config), MLP(config)
 
-    def forward(self, embed_BLH: Tensor, hidden_BLH: Tensor, rotary: Any, cache: list) -> Tensor:
+    def forward(self, embed_BLH: Tensor, hidden_BLH: Tensor, rotary: Any, cache: list) -> tuple[Tensor, Tensor]:
+        """The MLP's output and the residual to add to it."""
         x_BL2H = torch.cat([self.input_layernorm(embed_BLH), self.hidden_norm(hidden_BLH)], -1)
-        hidden_BLH = hidden_BLH + self.self_attn(x_BL2H, rotary, cache)
-        return hidden_BLH + self.mlp(self.post_attention_layernorm(hidden_BLH))
+        attended_BLH = self.self_attn(x_BL2H, rotary, cache)
+        normed_BLH, residual_BLH = self.post_attention_layernorm.add(attended_BLH, hidden_BLH)
+        return self.mlp(normed_BLH), residual_BLH
 
 
 class Eagle3Draft(nn.Module):
@@ -124,8 +133,9 @@ class Eagle3Draft(nn.Module):
         rotary_embedding = self._rotary[0].to(hidden_BLH.device)
         for k in range(steps):
             rotary = rotary_embedding(hidden_BLH.float(), positions_BL + k)
-            hidden_BLH = self.midlayer(F.pad(embed_BLH, (0, 0, 0, k))[:, k:], hidden_BLH, rotary, cache)
-            yield self.lm_head(self.norm(hidden_BLH))
+            later_embed_BLH = F.pad(embed_BLH, (0, 0, 0, k))[:, k:]
+            normed_BLH, hidden_BLH = self.norm.add(*self.midlayer(later_embed_BLH, hidden_BLH, rotary, cache))
+            yield self.lm_head(normed_BLH)
 
 
 def _rotate(x_BHLP: Tensor, cos_BLP: Tensor, sin_BLP: Tensor) -> Tensor:

@@ -1,9 +1,14 @@
-"""Where SGLang 0.5.23 assumes that a CPU has AMX, that CUDA wheels mean a GPU, or that CPUs have no EP."""
+"""Where SGLang 0.5.23 assumes that a CPU has AMX, that CUDA wheels mean a GPU, or that CPUs have no EP.
+
+Shapes: T tokens, H hidden, K experts a token, P pairs of a token and an expert of this rank.
+"""
 
 from typing import Any
 
 import sglang.srt.arg_groups.overrides as overrides
+import torch
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from torch import Tensor
 
 
 def register_hooks() -> None:
@@ -14,7 +19,7 @@ def register_hooks() -> None:
         "sglang.srt.distributed.device_communicators.pynccl_wrapper.NCCLLibrary.__init__", _no_nccl, HookType.BEFORE
     )
     HookRegistry.register(
-        "sglang.srt.layers.moe.fused_moe_native.moe_forward_native", _mask_remote_experts, HookType.AROUND
+        "sglang.srt.layers.moe.fused_moe_native.moe_forward_native", _run_local_experts, HookType.AROUND
     )
 
 
@@ -39,11 +44,20 @@ def _no_nccl(*args: Any, **kwargs: Any) -> None:
     raise RuntimeError("NCCL needs a GPU")
 
 
-def _mask_remote_experts(original: Any, layer: Any, x: Any, topk_output: Any, *args: Any, **kwargs: Any) -> Any:
-    """Under EP, id -1 marks an expert of another rank: give it weight zero here, its rank adds its share."""
-    remote_TK = topk_output.topk_ids < 0
-    topk_output = topk_output._replace(
-        topk_ids=topk_output.topk_ids.masked_fill(remote_TK, 0),
-        topk_weights=topk_output.topk_weights.masked_fill(remote_TK, 0),
-    )
-    return original(layer, x, topk_output, *args, **kwargs)
+def _run_local_experts(original: Any, layer: Any, x_TH: Tensor, topk_output: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """Under EP, id -1 marks an expert of another rank, which adds its share itself: compute the others.
+
+    Each (token, local expert) pair P goes through as a token with one expert, so that no id has to stand in for -1.
+    """
+    local_TK = topk_output.topk_ids >= 0
+    if local_TK.all():
+        return original(layer, x_TH, topk_output, *args, **kwargs)
+    out_TH = torch.zeros_like(x_TH)
+    token_P, slot_P = local_TK.nonzero(as_tuple=True)
+    if token_P.numel():
+        pairs = topk_output._replace(
+            topk_ids=topk_output.topk_ids[token_P, slot_P, None],
+            topk_weights=topk_output.topk_weights[token_P, slot_P, None],
+        )
+        out_TH.index_add_(0, token_P, original(layer, x_TH[token_P], pairs, *args, **kwargs))
+    return out_TH
