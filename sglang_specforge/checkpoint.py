@@ -1,4 +1,4 @@
-"""EAGLE3 draft checkpoints as SGLang loads them (``LlamaForCausalLMEagle3``): layout, creation and checks.
+"""EAGLE3 draft checkpoints as SGLang loads them (``LlamaForCausalLMEagle3``): layout and checks.
 
 A checkpoint is a folder with ``config.json`` and ``model.safetensors``. Shapes: H hidden, V target vocabulary,
 D draft vocabulary, Q and K query and key/value widths, I intermediate. ``d2t`` [D] holds, for each draft id,
@@ -12,39 +12,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import PretrainedConfig
-
-from sglang_specforge.target import fingerprint_target, load_embedding_and_head, load_target_config, resolve_target
 
 FINGERPRINT_KEY = "specforge_target_fingerprint"
-_COPIED = ("rms_norm_eps", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+_COMPUTED_WITH = ("num_attention_heads", "head_dim", "rms_norm_eps", "rope_parameters", "eagle_config")
 
 
 class CheckpointError(ValueError):
     """A draft checkpoint cannot be used; the message names the tensor or fingerprint at fault."""
-
-
-def draft_config(target: PretrainedConfig, draft_vocab_size: int, dtype: str, fingerprint: str) -> dict[str, Any]:
-    """``config.json`` of a one-layer Llama draft with the target's widths, heads and rotary settings."""
-    heads = target.num_attention_heads
-    return {
-        "architectures": ["LlamaForCausalLMEagle3"],
-        "model_type": "llama",
-        "hidden_act": "silu",
-        "hidden_size": target.hidden_size,
-        "intermediate_size": target.intermediate_size,
-        "num_hidden_layers": 1,
-        "num_attention_heads": heads,
-        "num_key_value_heads": getattr(target, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(target, "head_dim", None) or target.hidden_size // heads,
-        "vocab_size": target.vocab_size,
-        "draft_vocab_size": min(draft_vocab_size, target.vocab_size),
-        "rope_parameters": dict(target.rope_parameters),
-        "tie_word_embeddings": False,
-        "dtype": dtype,
-        FINGERPRINT_KEY: fingerprint,
-        **{name: getattr(target, name, None) for name in _COPIED},
-    }
 
 
 def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -68,35 +42,6 @@ def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         "d2t": (D,),
         "t2d": (V,),
     }
-
-
-def init_draft(
-    target_path: str, out: Path, *, draft_vocab_size: int = 32_000, dtype: str = "auto", seed: int = 0
-) -> Path:
-    """Write a draft with random weights for the target to ``out``.
-
-    A draft vocabulary smaller than the target's takes its lowest ids, which BPE merges first. ``lm_head`` starts
-    as the target's rows of these ids, as it reads a hidden state of the same width.
-    """
-    folder = resolve_target(target_path)
-    target = load_target_config(folder)
-    _, head_VH = load_embedding_and_head(folder)
-    if dtype == "auto":
-        dtype = str(head_VH.dtype).removeprefix("torch.")
-    config = draft_config(target, draft_vocab_size, dtype, fingerprint_target(folder))
-    V, D = config["vocab_size"], config["draft_vocab_size"]
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for name, shape in expected_shapes(config).items():
-        if name in ("d2t", "t2d", "lm_head.weight"):
-            continue
-        values = torch.ones(shape) if len(shape) == 1 else 0.02 * torch.randn(shape, generator=generator)
-        tensors[name] = values.to(getattr(torch, dtype))
-    tensors["lm_head.weight"] = head_VH[:D].to(getattr(torch, dtype), copy=True)
-    tensors["d2t"] = torch.zeros(D, dtype=torch.int64)
-    tensors["t2d"] = torch.arange(V) < D
-    save_checkpoint(out, config, tensors)
-    return out
 
 
 def save_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
@@ -127,19 +72,35 @@ def load_checked(folder: Path, served: dict[str, Any], fingerprint: str) -> dict
 
     Raises:
         CheckpointError: it was trained for another target, a tensor is missing, unknown, of another shape, or
-            not finite, or ``d2t`` and ``t2d`` do not describe one draft vocabulary.
+            not finite, ``d2t`` and ``t2d`` do not describe one draft vocabulary, or a setting that changes what the
+            weights compute differs from the served one.
     """
-    found = load_config(folder).get(FINGERPRINT_KEY)
+    config, tensors = load_config(folder), read_tensors(folder)
+    check_tensors(folder, {**served, FINGERPRINT_KEY: config.get(FINGERPRINT_KEY)}, tensors, fingerprint)
+    for name in _COMPUTED_WITH:
+        if config.get(name) != served.get(name):
+            raise CheckpointError(
+                f"draft checkpoint {folder}: {name} is {config.get(name)!r}, of the served draft {served.get(name)!r}"
+            )
+    return tensors
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(folder / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"draft checkpoint {folder}: model.safetensors cannot be read: {error}") from error
+
+
+def check_tensors(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], fingerprint: str) -> None:
+    """``config`` gives the shapes that are asked for, and the fingerprint that was found."""
+    found = config[FINGERPRINT_KEY]
     if found != fingerprint:
         raise CheckpointError(
             f"draft checkpoint {folder}: target fingerprint {found!r} is not that of the served target "
             f"{fingerprint!r}; train it on this target"
         )
-    try:
-        tensors = load_file(folder / "model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"draft checkpoint {folder}: model.safetensors cannot be read: {error}") from error
-    shapes = expected_shapes(served)
+    shapes = expected_shapes(config)
     for name in sorted(shapes.keys() ^ tensors.keys()):
         what = "is missing" if name in shapes else "is not part of an EAGLE3 draft"
         raise CheckpointError(f"draft checkpoint {folder}: tensor {name} {what}")
@@ -154,4 +115,3 @@ def load_checked(folder: Path, served: dict[str, Any], fingerprint: str) -> dict
     known_D = tensors["d2t"] + torch.arange(shapes["d2t"][0])
     if not torch.equal(known_D, tensors["t2d"].nonzero().flatten()):
         raise CheckpointError(f"draft checkpoint {folder}: tensors d2t and t2d disagree about the draft vocabulary")
-    return tensors

@@ -12,8 +12,8 @@ from rich.live import Live
 
 from sglang_specforge import status_view, traffic
 from sglang_specforge.checkpoint import CheckpointError
-from sglang_specforge.checkpoint import init_draft as write_draft
 from sglang_specforge.demo import run_demo
+from sglang_specforge.new_draft import init_draft as write_draft
 from sglang_specforge.target import TargetError
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)

@@ -74,7 +74,7 @@ class ControlService:
         """The answer of ``GET /draft/status``. Raises NotAttached."""
         ranks = await self._ranks()
         exports = [rank["export"] for rank in ranks if rank["export"]]
-        acceptance = _acceptance(exports)
+        by_version = [export["acceptance_by_version"] for export in exports]
         ledger = self._heartbeat.ledger
         captured, sent = (sum(export[key] for export in exports) for key in ("captured", "sent"))
         dropped = _add_up([export["dropped"] for export in exports] + [ledger.dropped])
@@ -85,8 +85,11 @@ class ControlService:
                 "started_from": self._run.draft_path,
                 "failed_swaps": {str(v): why for v, why in self._failed_swaps.items()},
             },
-            "acceptance": acceptance.pop("all"),
-            "acceptance_by_version": acceptance,
+            "acceptance": _acceptance([export["acceptance"] for export in exports]),
+            "acceptance_by_version": {
+                version: _acceptance([export[version] for export in by_version if version in export])
+                for version in sorted({v for export in by_version for v in export}, key=int)
+            },
             "tokens": {
                 "captured": captured,
                 "trained": ledger.trained,
@@ -108,7 +111,9 @@ class ControlService:
     def _trainer_status(self) -> dict[str, Any]:
         silent_s = None if self._heard_at is None else time.monotonic() - self._heard_at
         beat = msgspec.to_builtins(self._heartbeat)
-        if silent_s is not None and silent_s > _SILENT_S:
+        if silent_s is None and self._supervisor is None:
+            beat["state"] = "not attached"
+        elif silent_s is not None and silent_s > _SILENT_S:
             beat["state"] = "silent"
         process = self._supervisor.status() if self._supervisor else None
         return {**beat, "process": process, "silent_s": silent_s, "unreadable_messages": self._unreadable}
@@ -195,19 +200,10 @@ def _log_failure(task: asyncio.Task) -> None:
         logger.error("draft training: control service ended; serving goes on", exc_info=task.exception())
 
 
-def _acceptance(exports: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Verify passes (one a request), the tokens they committed, and tokens a pass: by draft version, and in all."""
-    totals: dict[str, list[int]] = {"all": [0, 0]}
-    for export in exports:
-        for version, (passes, tokens) in export["acceptance"].items():
-            for key in (version, "all"):
-                total = totals.setdefault(key, [0, 0])
-                total[0] += passes
-                total[1] += tokens
-    return {
-        key: {"passes": passes, "tokens": tokens, "length": tokens / passes if passes else None}
-        for key, (passes, tokens) in totals.items()
-    }
+def _acceptance(counts: list[list[int]]) -> dict[str, float | None]:
+    """Verify passes (one a request), the tokens they committed, and tokens a pass, over all exporters."""
+    passes, tokens = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
+    return {"passes": passes, "tokens": tokens, "length": tokens / passes if passes else None}
 
 
 def _add_up(counts: list[dict[str, int]]) -> dict[str, int]:

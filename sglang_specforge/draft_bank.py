@@ -11,6 +11,8 @@ from sglang_specforge.settings import Run
 
 logger = logging.getLogger(__name__)
 
+_REFUSALS = 32  # that are remembered
+
 
 class SwappableDraft(Protocol):
     """The live draft of this rank."""
@@ -50,7 +52,7 @@ class DraftBank:
             "active_version": self.active_version,
             "staged_version": self._staged[0] if self._staged else None,
             "swaps": self._swaps,
-            "refused": {str(version): why for version, why in self._refused.items()},
+            "refused": {str(v): why for v, why in list(self._refused.items())},
         }
 
     def _load(self, version: int) -> None:
@@ -59,4 +61,6 @@ class DraftBank:
             self._staged = (version, self._live.load_shadows(tensors))
         except (CheckpointError, RuntimeError) as error:  # RuntimeError: out of memory, a loader's refusal
             self._refused[version] = str(error)
+            if len(self._refused) > _REFUSALS:
+                del self._refused[min(self._refused)]
             logger.error("draft training: version %d refused: %s", version, error)

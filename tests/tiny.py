@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sglang_specforge.checkpoint import init_draft
+from sglang_specforge.new_draft import init_draft
 from sglang_specforge.settings import DraftTrainingSettings, Run
 from sglang_specforge.target import fingerprint_target
 from trainer.sample import Sample

@@ -121,6 +121,11 @@ class Eagle3Draft(nn.Module):
         self.register_buffer("t2d", torch.zeros(config["vocab_size"], dtype=torch.bool))
         self._rotary = [LlamaRotaryEmbedding(llama)]  # in a list: no submodule, so nothing of it is saved or sharded
 
+    @property
+    def target_ids_D(self) -> Tensor:
+        """The target's id of each draft id."""
+        return self.d2t + torch.arange(self.d2t.numel(), device=self.d2t.device)
+
     def forward(self, embed_BLH: Tensor, aux_BL3H: Tensor, positions_BL: Tensor, steps: int) -> list[Tensor]:
         """Logits [B, L, D] of each step: row t of step k predicts token t+2+k of its sample.
 

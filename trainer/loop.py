@@ -37,7 +37,7 @@ class Trainer:
         self._resumed_from_step = self._learner.step
         self._ledger = progress.ledger if progress else control.TokenLedger()
         self._ledger.drop("trainer_restarted", self._ledger.buffered)
-        self._parity = ParityCheck(run, device, progress.parity if progress else control.Parity())
+        self._parity = ParityCheck(run, self._learner.target, progress.parity if progress else control.Parity())
         self._replay = ReplayBuffer(
             self._ledger, settings.replay_tokens, settings.holdout_every, settings.seed, settings.epochs_per_token
         )
@@ -47,7 +47,6 @@ class Trainer:
         self._outbox.connect(run.control_endpoint)
         self._loss: float | None = None
         self._held_out_acceptance_length: float | None = None
-        self._published_step = self._learner.step
         self._published_s = self._beat_s = time.monotonic()
         self._stopping = False
         self._parent_pid = os.getppid()

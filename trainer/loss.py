@@ -30,7 +30,6 @@ class Unrolled:
     loss: Tensor
     correct_KN: Tensor  # bool [steps, B*L]: the draft's top choice is the target's
     valid_KN: Tensor  # bool: rows that count at this step
-    top_BL: Tensor  # step 0's top choice, as target token ids
 
     def acceptance_length(self, steps: int) -> tuple[int, int]:
         """Tokens committed and rows they were counted over, by a greedy chain of ``steps`` drafts (bonus included)."""
@@ -43,15 +42,11 @@ def unroll(
     draft: Eagle3Draft, target: FrozenTarget, batch: Batch, steps: int, decay: float, generated_only: bool
 ) -> Unrolled:
     """Run ``steps`` steps of the training-time test; rows without a teacher, or in the prompt, count for nothing."""
-    dtype = batch.aux_BL3H.dtype
-    embed_BLH = F.embedding(batch.tokens_BL, target.embed_VH).to(dtype)
-    next_embed_BLH = F.pad(embed_BLH, (0, 0, 0, 1))[:, 1:]
-    logits_KBLD = draft(next_embed_BLH, batch.aux_BL3H, batch.positions_BL, steps)
-
-    draft_ids_D = draft.d2t + torch.arange(draft.d2t.numel(), device=draft.d2t.device)
+    logits_KBLD = draft_logits(draft, target, batch, steps)
+    draft_ids_D = draft.target_ids_D
     teacher_BLD, best_BL = _teach(target.head_VH, batch.last_BLH, draft_ids_D, draft.t2d)
-    row_L = torch.arange(batch.tokens_BL.shape[1], device=embed_BLH.device)
-    loss, correct, valid = embed_BLH.new_zeros((), dtype=torch.float32), [], []
+    row_L = torch.arange(batch.tokens_BL.shape[1], device=draft_ids_D.device)
+    loss, correct, valid = torch.zeros((), device=draft_ids_D.device), [], []
     for k, logits_BLD in enumerate(logits_KBLD):
         shift = 1 + k
         counts_BL = row_L + shift < batch.lengths_B[:, None]
@@ -64,8 +59,13 @@ def unroll(
         teacher_ND = teacher_BLD.flatten(0, 1)[learn_N + shift]
         log_ND = logits_BLD.flatten(0, 1)[learn_N].float().log_softmax(-1)
         loss = loss - decay**k * (teacher_ND * log_ND).sum() / max(1, learn_N.numel())
-    top_BL = draft_ids_D[logits_KBLD[0].argmax(-1)]
-    return Unrolled(loss, torch.stack(correct), torch.stack(valid), top_BL)
+    return Unrolled(loss, torch.stack(correct), torch.stack(valid))
+
+
+def draft_logits(draft: Eagle3Draft, target: FrozenTarget, batch: Batch, steps: int) -> list[Tensor]:
+    """The draft's logits [B, L, D] at each step, from the states and tokens it would read in the server."""
+    embed_BLH = F.embedding(batch.tokens_BL, target.embed_VH).to(batch.aux_BL3H.dtype)
+    return draft(F.pad(embed_BLH, (0, 0, 0, 1))[:, 1:], batch.aux_BL3H, batch.positions_BL, steps)
 
 
 @torch.no_grad()

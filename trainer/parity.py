@@ -12,8 +12,8 @@ from sglang_specforge.checkpoint import CheckpointError
 from sglang_specforge.contracts.control import Parity
 from sglang_specforge.settings import Run
 from trainer.draft import Eagle3Draft
-from trainer.learner import load_draft, load_target
-from trainer.loss import unroll
+from trainer.learner import load_draft
+from trainer.loss import FrozenTarget, draft_logits
 from trainer.sample import Sample, collate
 
 logger = logging.getLogger(__name__)
@@ -24,10 +24,10 @@ _ENOUGH, _ALIGNED = 200, 0.95
 class ParityCheck:
     """Runs step 0 of the version that was active while a sample was captured, in the served dtype."""
 
-    def __init__(self, run: Run, device: torch.device, parity: Parity) -> None:
+    def __init__(self, run: Run, target: FrozenTarget, parity: Parity) -> None:
         self.parity = parity
-        self._run, self._device, self._dtype = run, device, getattr(torch, run.served_dtype)
-        self._target = load_target(run, self._dtype, device)
+        self._run, self._target, self._dtype = run, target, getattr(torch, run.served_dtype)
+        self._device = target.embed_VH.device
         self._loaded: tuple[int, Eagle3Draft] | None = None
         self._warned = False
 
@@ -39,7 +39,8 @@ class ParityCheck:
         draft = self._draft(sample.draft_version)
         if draft is None:
             return
-        top_L = unroll(draft, self._target, collate([sample], self._device), 1, 1.0, False).top_BL[0].tolist()
+        (logits_1LD,) = draft_logits(draft, self._target, collate([sample], self._device), 1)
+        top_L = draft.target_ids_D[logits_1LD[0].argmax(-1)].tolist()
         # The proposal for position p+1 was made after reading token p beside the states of p-1.
         for position, proposed in sample.proposals:
             self.parity.compared += 1

@@ -8,7 +8,8 @@ from typing import Any, get_args
 from sglang.srt.plugins.hook_registry import HookRegistry
 
 from server_patches.targets import IncompatibleSGLang
-from sglang_specforge.checkpoint import FINGERPRINT_KEY, CheckpointError, init_draft, load_config
+from sglang_specforge.checkpoint import FINGERPRINT_KEY, CheckpointError, load_config
+from sglang_specforge.new_draft import import_draft, init_draft
 from sglang_specforge.settings import DraftTrainingSettings, Dtype, Run, SettingsError, load_settings
 from sglang_specforge.sockets import make_socket_folder
 from sglang_specforge.target import TargetError, fingerprint_target, load_target_config, resolve_target
@@ -62,15 +63,18 @@ def _start_run(args: argparse.Namespace, settings: DraftTrainingSettings) -> Non
     folder = resolve_target(args.model_path)
     target = load_target_config(folder)
     dtype = _served_dtype(args.dtype, target.dtype)
-    if args.speculative_draft_model_path is None:
-        args.speculative_draft_model_path = str(_own_draft(settings, folder, dtype))
+    if given := args.speculative_draft_model_path:
+        draft = import_draft(resolve_target(given), folder, VersionFolder(settings.run_dir.absolute()).root / "given")
+    else:
+        draft = _own_draft(settings, folder, dtype)
+    args.speculative_draft_model_path = str(draft)
     _set_speculative_defaults(args)
     sockets = make_socket_folder()
     Run(
         settings=settings,
         target_path=str(folder),
         target_fingerprint=fingerprint_target(folder),
-        draft_path=str(resolve_target(args.speculative_draft_model_path)),
+        draft_path=str(draft),
         served_dtype=dtype,
         draft_steps=args.speculative_num_steps,
         spans_endpoint=f"ipc://{sockets}/spans",

@@ -4,6 +4,7 @@ Shapes: B requests, N rows, R rows a request (longest path through a draft tree)
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,18 +61,37 @@ def around_prefill(original: Any, worker: Any, batch: Any, *args: Any, **kwargs:
     """AROUND ``EAGLEWorkerV2._forward_prefill_batch``, which replaces ``batch.input_ids`` by the draft's."""
     tokens_N = batch.input_ids
     result = original(worker, batch, *args, **kwargs)
-    if _this.exporter is not None and not batch.forward_mode.is_idle():
-        output = result.logits_output
-        spans = zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True)
-        _capture([_describe(*span) for span in spans], output.hidden_states, output.last_hidden_states, tokens_N)
-        _watch(batch.reqs)
+    _guarded(_capture_prefill, batch, result, tokens_N)
     return result
 
 
 def after_verify(result: Any, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
-    """AFTER ``EAGLEWorkerV2.verify``: rows of the accepted paths, the same number for every request."""
-    if _this.exporter is None or batch.forward_mode.is_idle():
+    """AFTER ``EAGLEWorkerV2.verify``."""
+    _guarded(_capture_verify, batch, result)
+
+
+def _guarded(capture: Callable[..., None], batch: Any, *args: Any) -> None:
+    """On the exporting rank, capture; whatever goes wrong ends capture, not the server."""
+    exporter = _this.exporter
+    if exporter is None or exporter.failure is not None or batch.forward_mode.is_idle():
         return
+    try:
+        capture(batch, *args)
+    except Exception as error:
+        exporter.fail(error)
+
+
+def _capture_prefill(batch: Any, result: Any, tokens_N: torch.Tensor) -> None:
+    output = result.logits_output
+    spans = zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True)
+    _capture([_describe(*span) for span in spans], output.hidden_states, output.last_hidden_states, tokens_N)
+    for req in batch.reqs:
+        if not req.rid.startswith(HEALTH_CHECK_RID_PREFIX):
+            _this.exporter.watch(_Watched(req))
+
+
+def _capture_verify(batch: Any, result: Any) -> None:
+    """Rows of the accepted paths, the same number for every request."""
     path_BR = result.accept_index.long().clamp(min=0)
     B, R = path_BR.shape
     drafted_BN = batch.spec_info.draft_token.view(B, -1)
@@ -140,12 +160,6 @@ def _describe(req: Any, start: int = 0, length: int = 0) -> CapturedRequest:
         length=length,
         skipped=req.finished() or req.rid.startswith(HEALTH_CHECK_RID_PREFIX),
     )
-
-
-def _watch(reqs: list[Any]) -> None:
-    for req in reqs:
-        if not req.rid.startswith(HEALTH_CHECK_RID_PREFIX):
-            _this.exporter.watch(_Watched(req))
 
 
 class _Watched:

@@ -21,6 +21,7 @@ from sglang_specforge.export.ring import HostRing, Region
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.02
+_VERSIONS = 32  # whose acceptance is kept apart
 _QUEUED_MESSAGES = 256  # ZMQ high-water mark; the ring bounds the bytes
 
 
@@ -45,7 +46,8 @@ class Exporter:
         self._watched: dict[str, WatchedRequest] = {}
         self._captured = self._sent = 0
         self._dropped: dict[str, int] = {}
-        self._acceptance: dict[int, list[int]] = {}  # draft version: verifications of a request, tokens committed
+        self._acceptance = [0, 0]  # verifications of a request, tokens they committed
+        self._acceptance_by_version: dict[int, list[int]] = {}  # the newest versions
         self._in_flight: deque[tuple[Any, Region]] = deque()  # message tracker, region it still reads
         self._unsent_ends: deque[tuple[str, int, bool]] = deque()
         self._stopping = threading.Event()
@@ -64,6 +66,11 @@ class Exporter:
         if self.failure is None:
             self._entries.put(entry)
 
+    def fail(self, error: Exception) -> None:
+        """Give up capturing, for good and visibly; serving goes on."""
+        self.failure = f"{type(error).__name__}: {error}"
+        logger.error("draft training: capture stopped; nothing is captured from here on", exc_info=error)
+
     def watch(self, request: WatchedRequest) -> None:
         """Announce the end of this request when it comes (scheduler thread)."""
         self._watched[request.rid] = request
@@ -78,7 +85,8 @@ class Exporter:
             "queued_passes": self._entries.qsize(),
             "ring_used_bytes": self.ring.used_bytes,
             "failure": self.failure,
-            "acceptance": {str(version): counts for version, counts in list(self._acceptance.items())},
+            "acceptance": self._acceptance,
+            "acceptance_by_version": {str(v): counts for v, counts in list(self._acceptance_by_version.items())},
         }
 
     def _run(self) -> None:
@@ -95,8 +103,7 @@ class Exporter:
                 self._announce_ends(socket, ended)
                 self._release_sent()
         except Exception as error:  # the server must serve on; status and log say that capture stopped
-            self.failure = f"{type(error).__name__}: {error}"
-            logger.exception("draft training: the exporter stopped; nothing is captured from here on")
+            self.fail(error)
         finally:
             socket.close()
             context.term()
@@ -116,9 +123,7 @@ class Exporter:
         message, tensors = entry.message(self.stream, self._sent, spans)
         self._captured += message.tokens
         if entry.verify is not None:
-            counts = self._acceptance.setdefault(entry.draft_version, [0, 0])
-            counts[0] += len(spans)
-            counts[1] += message.tokens
+            self._count_acceptance(entry.draft_version, len(spans), message.tokens)
         if entry.region is None:
             self._drop("ring_full", message.tokens)
         elif not spans:
@@ -129,6 +134,13 @@ class Exporter:
         else:
             self._sent += message.tokens
             self._in_flight.append((tracker, entry.region))
+
+    def _count_acceptance(self, version: int, passes: int, tokens: int) -> None:
+        for counts in (self._acceptance, self._acceptance_by_version.setdefault(version, [0, 0])):
+            counts[0] += passes
+            counts[1] += tokens
+        if len(self._acceptance_by_version) > _VERSIONS:
+            del self._acceptance_by_version[min(self._acceptance_by_version)]
 
     def _announce_ends(self, socket: zmq.Socket, ended: list[WatchedRequest]) -> None:
         for request in ended:

@@ -58,8 +58,13 @@ def test_two_tensor_parallel_ranks(start, reference):
     assert status["trainer"]["parity"]["agreed"] == status["trainer"]["parity"]["compared"]
 
 
-def test_bf16(start):
-    parity = run_loop(start("--dtype", "bfloat16", NO_CACHE, training=TRAINING))["trainer"]["parity"]
+def test_bf16_from_a_draft_made_by_hand(start, tmp_path):
+    made = [sys.executable, "-m", "sglang_specforge", "init-draft", TARGET, tmp_path / "draft", "--seed", "7"]
+    subprocess.run(made, check=True, timeout=120)
+    given = ["--speculative-draft-model-path", tmp_path / "draft"]
+    status = run_loop(start("--dtype", "bfloat16", NO_CACHE, *given, training=TRAINING))
+    assert status["draft"]["started_from"].endswith("versions/given")
+    parity = status["trainer"]["parity"]
     assert parity["agreed"] >= 0.99 * parity["compared"]
 
 

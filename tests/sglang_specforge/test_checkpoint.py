@@ -1,12 +1,14 @@
 """Drafts on disk: created for a target, refused when they do not belong to it."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sglang_specforge.checkpoint import CheckpointError, init_draft, load_checked, load_config
+from sglang_specforge.checkpoint import FINGERPRINT_KEY, CheckpointError, load_checked, load_config
+from sglang_specforge.new_draft import import_draft, init_draft
 from sglang_specforge.target import TargetError, fingerprint_target
 from sglang_specforge.versions import VersionFolder
 from tests.tiny import VOCAB, make_target
@@ -62,6 +64,13 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_tensor(draft, target, tens
         check(draft, target)
 
 
+def test_a_draft_that_computes_otherwise_is_refused_by_setting(tmp_path, draft, target):
+    other = shutil.copytree(draft, tmp_path / "other")
+    (other / "config.json").write_text(json.dumps({**load_config(draft), "rms_norm_eps": 0.5}))
+    with pytest.raises(CheckpointError, match="rms_norm_eps is 0.5"):
+        load_checked(other, load_config(draft), fingerprint_target(target))
+
+
 def test_a_draft_of_another_target_is_refused_by_fingerprint(tmp_path, draft):
     other = make_target(tmp_path / "other", seed=1)
     with pytest.raises(CheckpointError, match=fingerprint_target(other)):
@@ -81,6 +90,40 @@ def test_a_shallow_target_is_refused(target, tmp_path):
     (target / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
     with pytest.raises(TargetError, match="has 4 layers"):
         init_draft(str(target), tmp_path / "out")
+
+
+def test_a_draft_from_elsewhere_is_taken_in(tmp_path, draft, target):
+    """SpecForge's layout of names, an embedding of its own, no t2d, an older rotary setting, no fingerprint."""
+    config = load_config(draft)
+    for name in (FINGERPRINT_KEY, "rope_parameters", "head_dim"):
+        del config[name]
+    (draft / "config.json").write_text(json.dumps({**config, "rope_theta": 5000.0, "head_dim": 8}))
+    tensors = load_file(draft / "model.safetensors")
+    del tensors["t2d"]
+    tensors["embed_tokens.weight"] = torch.zeros(VOCAB, 16)
+    save_file({n.replace("midlayer.", "layers.0."): t for n, t in tensors.items()}, draft / "model.safetensors")
+
+    taken = import_draft(draft, target, tmp_path / "taken")
+    found = check(taken, target)
+    assert torch.equal(found["midlayer.mlp.up_proj.weight"], tensors["midlayer.mlp.up_proj.weight"])
+    assert found["t2d"].sum() == 32
+    assert load_config(taken)["rope_parameters"]["rope_theta"] == 5000.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, r"architectures \['LlamaForCausalLM'\] cannot be trained"),
+        ({"num_hidden_layers": 2}, "num_hidden_layers 2 cannot be trained, only 1"),
+        ({"norm_output": True}, "norm_output True"),
+        ({FINGERPRINT_KEY: "feedfacefeedface"}, "feedfacefeedface"),
+        ({"intermediate_size": 25}, r"midlayer\.mlp\.gate_proj\.weight has shape"),
+    ],
+)
+def test_a_draft_that_cannot_be_trained_is_refused(tmp_path, draft, target, change, message):
+    (draft / "config.json").write_text(json.dumps({**load_config(draft), **change}))
+    with pytest.raises(CheckpointError, match=message):
+        import_draft(draft, target, tmp_path / "taken")
 
 
 def test_versions_grow_and_old_ones_go(tmp_path, draft):

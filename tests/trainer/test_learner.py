@@ -87,7 +87,7 @@ def test_a_step_that_is_not_finite_changes_nothing(run):
 def test_parity_tells_the_served_version_from_another(run, caplog):
     learner = Learner(run, CPU)
     tensors = {name: t.clone() for name, t in learner.export().items()}
-    check = ParityCheck(run, CPU, Parity())
+    check = ParityCheck(run, learner.target, Parity())
     draft = check._draft(0)
     sample = make_sample(20)
     embed = torch.nn.functional.embedding(sample.tokens_T, learner.target.embed_VH)

@@ -1,0 +1,116 @@
+"""Drafts that a run can start from: random ones, and ones that come from elsewhere."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, PretrainedConfig
+
+from sglang_specforge.checkpoint import (
+    FINGERPRINT_KEY,
+    CheckpointError,
+    check_tensors,
+    expected_shapes,
+    load_config,
+    read_tensors,
+    save_checkpoint,
+)
+from sglang_specforge.target import fingerprint_target, load_embedding_and_head, load_target_config, resolve_target
+
+_CAPTURE = ("eagle_config",)  # names the captured layers, where they are not the default ones
+_TRAINABLE: dict[str, tuple[Any, ...]] = {
+    "architectures": (["LlamaForCausalLMEagle3"],),
+    "num_hidden_layers": (1,),
+    "norm_output": (False, None),
+    "norm_before_fc": (False, None),
+    "tie_word_embeddings": (False, None),
+}
+_OWN = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rope_parameters")
+_COPIED = ("rms_norm_eps", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def init_draft(
+    target_path: str, out: Path, *, draft_vocab_size: int = 32_000, dtype: str = "auto", seed: int = 0
+) -> Path:
+    """Write a draft with random weights for the target to ``out``.
+
+    A draft vocabulary smaller than the target's takes its lowest ids, which BPE merges first. ``lm_head`` starts
+    as the target's rows of these ids, as it reads a hidden state of the same width.
+    """
+    folder = resolve_target(target_path)
+    target = load_target_config(folder)
+    _, head_VH = load_embedding_and_head(folder)
+    if dtype == "auto":
+        dtype = str(head_VH.dtype).removeprefix("torch.")
+    config = draft_config(target, draft_vocab_size, dtype, fingerprint_target(folder))
+    V, D = config["vocab_size"], config["draft_vocab_size"]
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in expected_shapes(config).items():
+        if name in ("d2t", "t2d", "lm_head.weight"):
+            continue
+        values = torch.ones(shape) if len(shape) == 1 else 0.02 * torch.randn(shape, generator=generator)
+        tensors[name] = values.to(getattr(torch, dtype))
+    tensors["lm_head.weight"] = head_VH[:D].to(getattr(torch, dtype), copy=True)
+    tensors["d2t"] = torch.zeros(D, dtype=torch.int64)
+    tensors["t2d"] = torch.arange(V) < D
+    save_checkpoint(out, config, tensors)
+    return out
+
+
+def import_draft(given: Path, target_path: Path, out: Path) -> Path:
+    """Write a draft from elsewhere to ``out``, in the layout and with the fingerprint that drafts have here.
+
+    Its embedding is left out, as SGLang shares the target's; ``t2d`` is made where it is missing.
+
+    Raises:
+        CheckpointError: it is no one-layer Llama-style EAGLE3 draft, it was trained here for another target, or a
+            tensor does not fit the target.
+    """
+    raw, fingerprint = load_config(given), fingerprint_target(target_path)
+    for name, accepted in _TRAINABLE.items():
+        if raw.get(name) not in accepted:
+            raise CheckpointError(
+                f"draft checkpoint {given}: {name} {raw.get(name)!r} cannot be trained, only {accepted[0]!r}"
+            )
+    target = load_target_config(target_path)
+    llama = LlamaConfig(**{k: v for k, v in raw.items() if k not in ("architectures", "model_type")})
+    config = draft_config(target, raw.get("draft_vocab_size") or target.vocab_size, str(raw.get("dtype")), fingerprint)
+    config |= {name: getattr(llama, name) for name in (*_COPIED, *_OWN)}
+    config |= {name: raw[name] for name in _CAPTURE if name in raw}
+    config[FINGERPRINT_KEY] = raw.get(FINGERPRINT_KEY) or fingerprint
+    tensors = {
+        name.replace("layers.0.", "midlayer.").removeprefix("model."): tensor
+        for name, tensor in read_tensors(given).items()
+        if "embed_tokens" not in name
+    }
+    V, D = config["vocab_size"], config["draft_vocab_size"]
+    tensors.setdefault("d2t", torch.zeros(D, dtype=torch.int64))
+    if "t2d" not in tensors and tensors["d2t"].numel() == D:
+        tensors["t2d"] = torch.zeros(V, dtype=torch.bool).index_fill_(0, tensors["d2t"] + torch.arange(D), True)
+    check_tensors(given, config, tensors, fingerprint)
+    save_checkpoint(out, config, tensors)
+    return out
+
+
+def draft_config(target: PretrainedConfig, draft_vocab_size: int, dtype: str, fingerprint: str) -> dict[str, Any]:
+    """``config.json`` of a one-layer Llama draft with the target's widths, heads and rotary settings."""
+    heads = target.num_attention_heads
+    return {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": target.hidden_size,
+        "intermediate_size": target.intermediate_size,
+        "num_hidden_layers": 1,
+        "num_attention_heads": heads,
+        "num_key_value_heads": getattr(target, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(target, "head_dim", None) or target.hidden_size // heads,
+        "vocab_size": target.vocab_size,
+        "draft_vocab_size": min(draft_vocab_size, target.vocab_size),
+        "rope_parameters": dict(target.rope_parameters),
+        "tie_word_embeddings": False,
+        "dtype": dtype,
+        FINGERPRINT_KEY: fingerprint,
+        **{name: getattr(target, name, None) for name in _COPIED},
+    }
