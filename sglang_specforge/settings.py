@@ -40,7 +40,7 @@ class DraftTrainingSettings(BaseModel):
     )
     ring_mb: int = Field(256, ge=1, description="Host memory for captured states on their way to the trainer, in MiB.")
     max_sample_tokens: int = Field(2048, ge=8, description="Longest sample; the rest of a longer request is dropped.")
-    batch_tokens: int = Field(2048, ge=8, description="Tokens of one training step, padding included.")
+    batch_tokens: int = Field(2048, ge=8, description="Most tokens of one training step.")
     replay_tokens: int = Field(262_144, ge=8, description="Tokens the trainer keeps to train on again.")
     epochs_per_token: float = Field(4.0, gt=0, description="How often, on average, a captured token is trained on.")
     holdout_every: int = Field(20, ge=2, description="One sample in so many is held out for evaluation.")

@@ -1,10 +1,11 @@
 """The EAGLE3 draft as SGLang serves it (``LlamaForCausalLMEagle3``), unrolled for training-time test.
 
-Parameter names are those of the checkpoint. Shapes: B samples, L rows, H hidden, D draft vocabulary, Q query
-heads, G key heads, P head size, K steps so far.
+Parameter names are those of the checkpoint. Shapes: N rows of a pack of samples, H hidden, D draft vocabulary, Q query
+heads, G key heads, P head size, K steps.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,6 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from trainer.attention import Bounds, attend
+
+
+@dataclass
+class Past:
+    """Keys and values [Q, N, P] of the steps so far, over the samples that ``bounds`` tells apart."""
+
+    bounds: Bounds
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
 
 
 class RMSNorm(nn.Module):
@@ -35,45 +47,27 @@ class RMSNorm(nn.Module):
 
 
 class TTTAttention(nn.Module):
-    """Row t at step k attends to the true prefix (step-0 keys up to t) and to its own key of each later step.
-
-    That is what a served draft sees: the verified prefix, then its own chain (EAGLE-3, section 3.2).
-    """
+    """Reads the token's embedding beside the hidden state; see ``trainer.attention`` for what a row attends to."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        H = config.hidden_size
-        self.Q, self.G, self.P = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.q_proj = nn.Linear(2 * H, self.Q * self.P, bias=False)
-        self.k_proj = nn.Linear(2 * H, self.G * self.P, bias=False)
-        self.v_proj = nn.Linear(2 * H, self.G * self.P, bias=False)
-        self.o_proj = nn.Linear(self.Q * self.P, H, bias=False)
+        H, self.P = config.hidden_size, config.head_dim
+        self.groups = config.num_attention_heads // config.num_key_value_heads
+        self.q_proj = nn.Linear(2 * H, config.num_attention_heads * self.P, bias=False)
+        self.k_proj = nn.Linear(2 * H, config.num_key_value_heads * self.P, bias=False)
+        self.v_proj = nn.Linear(2 * H, config.num_key_value_heads * self.P, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.P, H, bias=False)
 
-    def forward(self, x_BL2H: Tensor, rotary: tuple[Tensor, Tensor], cache: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Appends this step's keys and values to ``cache``."""
-        q_BQLP, k_BGLP, v_BGLP = (
-            proj(x_BL2H).unflatten(-1, (-1, self.P)).transpose(1, 2) for proj in (self.q_proj, self.k_proj, self.v_proj)
+    def forward(self, x_N2H: Tensor, rotary: tuple[Tensor, Tensor], past: Past) -> Tensor:
+        """Appends this step's keys and values to ``past``."""
+        q_QNP, k_GNP, v_GNP = (
+            proj(x_N2H).unflatten(-1, (-1, self.P)).transpose(0, 1) for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q_BQLP, k_BGLP = _rotate(q_BQLP, *rotary), _rotate(k_BGLP, *rotary)
-        cache.append((k_BGLP, v_BGLP))
-        if len(cache) == 1:
-            out_BQLP = F.scaled_dot_product_attention(q_BQLP, k_BGLP, v_BGLP, is_causal=True, enable_gqa=True)
-        else:
-            out_BQLP = self._attend_to_chain(q_BQLP, cache)
-        return self.o_proj(out_BQLP.transpose(1, 2).flatten(2))
-
-    def _attend_to_chain(self, q_BQLP: Tensor, cache: list[tuple[Tensor, Tensor]]) -> Tensor:
-        q_BGRLP = q_BQLP.unflatten(1, (self.G, -1)) * self.P**-0.5
-        (k0_BGLP, v0_BGLP), later = cache[0], cache[1:]
-        L = q_BQLP.shape[2]
-        future_LL = torch.ones(L, L, dtype=torch.bool, device=q_BQLP.device).triu(1)
-        prefix_BGRLL = (q_BGRLP @ k0_BGLP[:, :, None].transpose(-1, -2)).masked_fill(future_LL, float("-inf"))
-        own_BGRLK = torch.stack([(q_BGRLP * k[:, :, None]).sum(-1) for k, _ in later], -1)
-        probs = torch.cat([prefix_BGRLL, own_BGRLK], -1).softmax(-1, dtype=torch.float32).to(q_BQLP.dtype)
-        out_BGRLP = probs[..., :L] @ v0_BGLP[:, :, None]
-        for k, (_, v_BGLP) in enumerate(later):
-            out_BGRLP = out_BGRLP + probs[..., L + k, None] * v_BGLP[:, :, None]
-        return out_BGRLP.flatten(1, 2)
+        k_QNP = _rotate(k_GNP, *rotary).repeat_interleave(self.groups, 0)
+        past.keys.append(k_QNP)
+        past.values.append(v_GNP.repeat_interleave(self.groups, 0))
+        out_QNP = attend(_rotate(q_QNP, *rotary), past.keys, past.values, past.bounds)
+        return self.o_proj(out_QNP.transpose(0, 1).flatten(1))
 
 
 class MLP(nn.Module):
@@ -98,12 +92,11 @@ class MidLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(H, eps)
         self.self_attn, self.mlp = TTTAttention(config), MLP(config)
 
-    def forward(self, embed_BLH: Tensor, hidden_BLH: Tensor, rotary: Any, cache: list) -> tuple[Tensor, Tensor]:
+    def forward(self, embed_NH: Tensor, hidden_NH: Tensor, rotary: Any, past: Past) -> tuple[Tensor, Tensor]:
         """The MLP's output and the residual to add to it."""
-        x_BL2H = torch.cat([self.input_layernorm(embed_BLH), self.hidden_norm(hidden_BLH)], -1)
-        attended_BLH = self.self_attn(x_BL2H, rotary, cache)
-        normed_BLH, residual_BLH = self.post_attention_layernorm.add(attended_BLH, hidden_BLH)
-        return self.mlp(normed_BLH), residual_BLH
+        x_N2H = torch.cat([self.input_layernorm(embed_NH), self.hidden_norm(hidden_NH)], -1)
+        normed_NH, residual_NH = self.post_attention_layernorm.add(self.self_attn(x_N2H, rotary, past), hidden_NH)
+        return self.mlp(normed_NH), residual_NH
 
 
 class Eagle3Draft(nn.Module):
@@ -126,24 +119,32 @@ class Eagle3Draft(nn.Module):
         """The target's id of each draft id."""
         return self.d2t + torch.arange(self.d2t.numel(), device=self.d2t.device)
 
-    def forward(self, embed_BLH: Tensor, aux_BL3H: Tensor, positions_BL: Tensor, steps: int) -> list[Tensor]:
-        """Logits [B, L, D] of each step: row t of step k predicts token t+2+k of its sample.
+    def forward(
+        self,
+        embed_NH: Tensor,
+        aux_N3H: Tensor,
+        positions_N: Tensor,
+        bounds: Bounds,
+        steps: int,
+        objective: Callable[[list[Tensor], Tensor], Any],
+    ) -> Any:
+        """``objective(hidden_KNH, head_DH)`` of the normed hidden states of each step and the draft's head.
 
-        ``embed_BLH`` holds row t's input of step 0, the embedding of token t+1; step k reads k rows further on.
+        Row n of step k reads the embedding of token n+1+k and predicts token n+2+k of its sample. What a row reads
+        beyond its sample's end is of no use, and no row with a teacher sees it. The objective runs in here because the
+        head is whole only in here, under FSDP.
         """
-        return list(self._unroll(embed_BLH, aux_BL3H, positions_BL, steps))
-
-    def _unroll(self, embed_BLH: Tensor, aux_BL3H: Tensor, positions_BL: Tensor, steps: int) -> Iterator[Tensor]:
-        hidden_BLH, cache = self.fc(aux_BL3H), []
-        rotary_embedding = self._rotary[0].to(hidden_BLH.device)
+        hidden_NH, past, hidden_KNH = self.fc(aux_N3H), Past(bounds), []
+        rotary_embedding = self._rotary[0].to(hidden_NH.device)
         for k in range(steps):
-            rotary = rotary_embedding(hidden_BLH.float(), positions_BL + k)
-            later_embed_BLH = F.pad(embed_BLH, (0, 0, 0, k))[:, k:]
-            normed_BLH, hidden_BLH = self.norm.add(*self.midlayer(later_embed_BLH, hidden_BLH, rotary, cache))
-            yield self.lm_head(normed_BLH)
+            rotary = rotary_embedding(hidden_NH.float(), positions_N[None] + k)
+            later_embed_NH = F.pad(embed_NH, (0, 0, 0, 1 + k))[1 + k :]
+            normed_NH, hidden_NH = self.norm.add(*self.midlayer(later_embed_NH, hidden_NH, rotary, past))
+            hidden_KNH.append(normed_NH)
+        return objective(hidden_KNH, self.lm_head.weight)
 
 
-def _rotate(x_BHLP: Tensor, cos_BLP: Tensor, sin_BLP: Tensor) -> Tensor:
-    first, second = x_BHLP.float().chunk(2, -1)
-    turned = torch.cat([-second, first], -1)
-    return (x_BHLP.float() * cos_BLP[:, None] + turned * sin_BLP[:, None]).to(x_BHLP.dtype)
+def _rotate(x_HNP: Tensor, cos_1NP: Tensor, sin_1NP: Tensor) -> Tensor:
+    wide = x_HNP.to(torch.promote_types(x_HNP.dtype, cos_1NP.dtype))
+    first, second = wide.chunk(2, -1)
+    return (wide * cos_1NP + torch.cat([-second, first], -1) * sin_1NP).to(x_HNP.dtype)

@@ -17,7 +17,7 @@ from sglang_specforge.settings import Run
 from sglang_specforge.target import load_embedding_and_head
 from trainer.draft import Eagle3Draft
 from trainer.loss import FrozenTarget, Unrolled, unroll
-from trainer.sample import Sample, collate
+from trainer.sample import Sample, pack
 
 
 class Learner:
@@ -70,8 +70,8 @@ class Learner:
     def _unroll(self, samples: list[Sample], steps: int) -> Unrolled:
         settings = self._run.settings
         generated_only = settings.loss_on == "generated"
-        batch = collate(samples, self._device)
-        return unroll(self.draft, self.target, batch, steps, settings.ttt_decay, generated_only)
+        packed = pack(samples, self._device)
+        return unroll(self.draft, self.target, packed, steps, settings.ttt_decay, generated_only)
 
 
 def load_draft(run: Run, folder: Path) -> Eagle3Draft:

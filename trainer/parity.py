@@ -7,14 +7,16 @@ training would go well and acceptance would stay near 1. This compares tokens th
 import logging
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from sglang_specforge.checkpoint import CheckpointError
 from sglang_specforge.contracts.control import Parity
 from sglang_specforge.settings import Run
 from trainer.draft import Eagle3Draft
 from trainer.learner import load_draft
-from trainer.loss import FrozenTarget, draft_logits
-from trainer.sample import Sample, collate
+from trainer.loss import FrozenTarget, run_draft
+from trainer.sample import Sample, pack
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +41,12 @@ class ParityCheck:
         draft = self._draft(sample.draft_version)
         if draft is None:
             return
-        (logits_1LD,) = draft_logits(draft, self._target, collate([sample], self._device), 1)
-        top_L = draft.target_ids_D[logits_1LD[0].argmax(-1)].tolist()
+        top_T = run_draft(draft, self._target, pack([sample], self._device), 1, _top_of_first_step)
+        top_ids_T = draft.target_ids_D[top_T].tolist()
         # The proposal for position p+1 was made after reading token p beside the states of p-1.
         for position, proposed in sample.proposals:
             self.parity.compared += 1
-            self.parity.agreed += top_L[position - 1] == proposed
+            self.parity.agreed += top_ids_T[position - 1] == proposed
         self._warn_once()
 
     def _warn_once(self) -> None:
@@ -65,3 +67,7 @@ class ParityCheck:
                 return None  # so old that it was deleted
             self._loaded = version, draft.to(self._device, self._dtype)
         return self._loaded[1]
+
+
+def _top_of_first_step(hidden_KTH: list[Tensor], head_DH: Tensor) -> Tensor:
+    return F.linear(hidden_KTH[0], head_DH).argmax(-1)

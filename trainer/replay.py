@@ -56,14 +56,14 @@ class ReplayBuffer:
         return False
 
     def draw(self, batch_tokens: int) -> list[Sample]:
-        """Samples for one step of at most ``batch_tokens`` tokens, padding included: fresh ones first."""
+        """Samples for one step of at most ``batch_tokens`` tokens (or one sample that is longer): fresh ones first."""
         batch: list[Sample] = []
-        longest = 0
+        tokens = 0
         pool = self._random.sample(list(self._trained), len(self._trained))
         while self._fresh or pool:
             sample = self._fresh[0] if self._fresh else pool[-1]
-            longest = max(longest, len(sample))
-            if batch and longest * (len(batch) + 1) > batch_tokens:
+            tokens += len(sample)
+            if batch and tokens > batch_tokens:
                 break
             batch.append(sample)
             self._credit_tokens -= len(sample)

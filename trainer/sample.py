@@ -1,6 +1,6 @@
 """What the trainer learns from: one request's captured states, and batches of them.
 
-Shapes: T captured tokens, B samples, L rows, H hidden.
+Shapes: T captured tokens of a sample, N rows of a pack, H hidden.
 """
 
 from dataclasses import dataclass
@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,28 +27,33 @@ class Sample:
         return self.tokens_T.numel()
 
 
-class Batch(NamedTuple):
-    """Samples padded to one length; padding rows have ``lengths`` to tell them by."""
+class Pack(NamedTuple):
+    """Samples end to end, without padding."""
 
-    tokens_BL: Tensor
-    aux_BL3H: Tensor
-    last_BLH: Tensor
-    positions_BL: Tensor
-    prompt_B: Tensor  # prompt tokens, absolute
-    lengths_B: Tensor
+    tokens_N: Tensor  # int64
+    aux_N3H: Tensor
+    last_NH: Tensor
+    positions_N: Tensor  # int64, absolute
+    first_row_N: Tensor  # int64, of the row's sample
+    prompt_N: Tensor  # int64, prompt tokens of the row's sample
+    bounds: list[tuple[int, int]]  # first row of each sample, and the row after its last
 
 
-def collate(samples: list[Sample], device: torch.device) -> Batch:
-    tokens_BL, aux_BL3H, last_BLH = (
-        pad_sequence(rows, batch_first=True).to(device)
-        for rows in zip(*((s.tokens_T, s.aux_T3H, s.last_TH) for s in samples), strict=True)
-    )
-    start_B1 = torch.tensor([[s.start] for s in samples], device=device)
-    return Batch(
-        tokens_BL,
-        aux_BL3H,
-        last_BLH,
-        start_B1 + torch.arange(tokens_BL.shape[1], device=device),
-        torch.tensor([s.prompt_tokens for s in samples], device=device),
-        torch.tensor([len(s) for s in samples], device=device),
+def pack(samples: list[Sample], device: torch.device) -> Pack:
+    lengths = [len(s) for s in samples]
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    bounds = [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+
+    def per_row(values: list[int]) -> Tensor:
+        return torch.tensor(values).repeat_interleave(torch.tensor(lengths)).to(device)
+
+    first_row_N = per_row([first for first, _ in bounds])
+    return Pack(
+        tokens_N=torch.cat([s.tokens_T for s in samples]).to(device),
+        aux_N3H=torch.cat([s.aux_T3H for s in samples]).to(device),
+        last_NH=torch.cat([s.last_TH for s in samples]).to(device),
+        positions_N=per_row([s.start for s in samples]) + torch.arange(ends[-1], device=device) - first_row_N,
+        first_row_N=first_row_N,
+        prompt_N=per_row([s.prompt_tokens for s in samples]),
+        bounds=bounds,
     )

@@ -12,14 +12,14 @@ from trainer.learner import load_draft
 def serve_chain(draft, embed_LH, aux_L3H, row, steps, first_position):
     """Logits of a chain drafted after ``row``: keys of the verified prefix, then the chain's own."""
     layer, attention = draft.midlayer, draft.midlayer.self_attn
-    groups = attention.Q // attention.G
+    groups = attention.groups
     keys, values, logits = [], [], []
 
     def advance(embed_H, hidden_H, position):
         x = torch.cat([layer.input_layernorm(embed_H), layer.hidden_norm(hidden_H)])
         cos, sin = draft._rotary[0](x[None, None], torch.tensor([[position]]))
         q, k, v = (p(x).view(1, -1, 1, attention.P) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
-        q, k = _rotate(q, cos, sin)[0, :, 0], _rotate(k, cos, sin)[0, :, 0]
+        q, k = _rotate(q[0], cos, sin)[:, 0], _rotate(k[0], cos, sin)[:, 0]
         keys.append(k.repeat_interleave(groups, 0))
         values.append(v[0, :, 0].repeat_interleave(groups, 0))
         scores = torch.stack([(q * key).sum(-1) for key in keys], -1) * attention.P**-0.5
@@ -36,34 +36,41 @@ def serve_chain(draft, embed_LH, aux_L3H, row, steps, first_position):
     return logits
 
 
+def all_logits(hidden, head):
+    return [h @ head.T for h in hidden]
+
+
 @pytest.mark.parametrize("first_position", [0, 5])
 def test_each_row_sees_what_a_served_chain_sees(tmp_path, first_position):
     run = make_run(tmp_path, make_target(tmp_path / "target"))
     draft = load_draft(run, run.version_path(0))
-    sample = make_sample(9)
-    embed_1LH = torch.randn(1, 9, HIDDEN)
-    steps = 4
+    sample, steps, T = make_sample(9), 4, 9
+    embed_TH = torch.randn(T, HIDDEN)
+    next_embed_TH = torch.nn.functional.pad(embed_TH, (0, 0, 0, 1))[1:]
     with torch.no_grad():
-        positions = first_position + torch.arange(9)[None]
-        unrolled = draft(embed_1LH, sample.aux_T3H[None], positions, steps)
-        for row in range(9 - steps + 1):
-            served = serve_chain(draft, embed_1LH[0], sample.aux_T3H, row, steps, first_position)
+        positions = first_position + torch.arange(T)
+        unrolled = draft(embed_TH, sample.aux_T3H, positions, [(0, T)], steps, all_logits)
+        for row in range(T - steps):
+            served = serve_chain(draft, next_embed_TH, sample.aux_T3H, row, steps, first_position)
             for k in range(steps):
-                torch.testing.assert_close(unrolled[k][0, row], served[k], atol=1e-5, rtol=1e-4)
+                torch.testing.assert_close(unrolled[k][row], served[k], atol=1e-5, rtol=1e-4)
 
 
-def test_padding_changes_nothing(tmp_path):
+def test_samples_in_a_pack_do_not_see_each_other(tmp_path):
     run = make_run(tmp_path, make_target(tmp_path / "target"))
     draft = load_draft(run, run.version_path(0))
-    embed, aux, positions = torch.randn(1, 6, HIDDEN), torch.randn(1, 6, 3 * HIDDEN), torch.arange(6)[None]
-    pad = (0, 0, 0, 4)
+    lengths, steps = [6, 3, 8], 2
+    embeds, auxes = ([torch.randn(n, width) for n in lengths] for width in (HIDDEN, 3 * HIDDEN))
+    positions = [torch.arange(n) + 7 * i for i, n in enumerate(lengths)]
     with torch.no_grad():
-        alone = draft(embed, aux, positions, 2)
-        padded = draft(
-            torch.nn.functional.pad(embed, pad), torch.nn.functional.pad(aux, pad), torch.arange(10)[None], 2
+        packed = draft(
+            torch.cat(embeds), torch.cat(auxes), torch.cat(positions), [(0, 6), (6, 9), (9, 17)], steps, all_logits
         )
-    torch.testing.assert_close(padded[0][:, :6], alone[0])
-    torch.testing.assert_close(padded[1][:, :5], alone[1][:, :5])
+        for first, n, *inputs in zip([0, 6, 9], lengths, embeds, auxes, positions, strict=True):
+            alone = draft(*inputs, [(0, n)], steps, all_logits)
+            for k in range(steps):
+                rows = n - 1 - k  # the rows after these have no teacher, and read beyond the sample
+                torch.testing.assert_close(packed[k][first : first + rows], alone[k][:rows])
 
 
 def test_the_layout_is_the_checkpoints(tmp_path):

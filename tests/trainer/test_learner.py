@@ -90,10 +90,10 @@ def test_parity_tells_the_served_version_from_another(run, caplog):
     check = ParityCheck(run, learner.target, Parity())
     draft = check._draft(0)
     sample = make_sample(20)
-    embed = torch.nn.functional.embedding(sample.tokens_T, learner.target.embed_VH)
-    shifted = torch.nn.functional.pad(embed, (0, 0, 0, 1))[1:]
+    embed = learner.target.embed_VH[sample.tokens_T]
     with torch.no_grad():
-        top = draft(shifted[None], sample.aux_T3H[None], torch.arange(20)[None], 1)[0][0].argmax(-1) + draft.d2t[0]
+        logits = draft(embed, sample.aux_T3H, torch.arange(20), [(0, 20)], 1, lambda h, head: h[0] @ head.T)
+    top = logits.argmax(-1)
     proposals = [(p, int(top[p - 1])) for p in range(4, 19)]
     check.compare(make_sample(20, proposals=proposals))
     assert (check.parity.agreed, check.parity.compared) == (15, 15)
