@@ -1,0 +1,259 @@
+"""One training step, ours against SpecForge 0.2.0's ``OnlineEagle3Model``: the same weights, the same data, in turns.
+
+The peer pins other versions of torch and sglang, so it is installed beside the environment, without dependencies::
+
+    pip install --no-deps --target benchmarks/.peer specforge==0.2.0
+    python benchmarks/trainer_vs_specforge.py [--quick] [--json FILE]
+
+The peer runs its ``sdpa`` attention and its compact teacher (from hidden states, as ours). Its fused loss is a Triton
+kernel; where that can't run (on a CPU), its own eager reference of it takes its place. A step is forward and backward
+of all steps of the training-time test. Peak memory is the process's resident set above what it held before the step.
+"""
+
+import ctypes
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from sglang_specforge.checkpoint import expected_shapes
+from trainer.draft import Eagle3Draft
+from trainer.loss import FrozenTarget, unroll
+from trainer.sample import Sample, pack
+
+PEER = Path(__file__).parent / ".peer"
+DECAY = 0.8
+_M_MMAP_THRESHOLD = -3
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    H: int
+    V: int
+    D: int
+    lengths: tuple[int, ...]
+    prompt: float  # share of each sample that is prompt, and masked
+    steps: int = 7
+
+
+SHAPES = (
+    Shape("small, dense", 256, 4096, 2048, (256,) * 4, 0.0),
+    Shape("dense", 512, 8192, 4096, (512,) * 2, 0.0),
+    Shape("ragged, 60% masked", 512, 8192, 4096, (512, 128, 256, 64, 384, 96), 0.6),
+)
+
+
+def make_config(shape: Shape) -> dict[str, Any]:
+    return {
+        "hidden_size": shape.H, "vocab_size": shape.V, "draft_vocab_size": shape.D, "intermediate_size": 3 * shape.H,
+        "num_attention_heads": shape.H // 64, "num_key_value_heads": shape.H // 128, "head_dim": 64,
+        "rms_norm_eps": 1e-5, "max_position_embeddings": 2048,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        "num_hidden_layers": 1, "hidden_act": "silu", "tie_word_embeddings": False, "pad_token_id": None,
+    }  # fmt: skip
+
+
+def make_weights(config: dict[str, Any]) -> dict[str, Tensor]:
+    D, V = config["draft_vocab_size"], config["vocab_size"]
+    weights = {
+        name: torch.ones(shape) if len(shape) == 1 else 0.02 * torch.randn(shape)
+        for name, shape in expected_shapes(config).items()
+    }
+    ids_D = torch.randperm(V)[:D].sort().values
+    return {
+        **weights,
+        "d2t": ids_D - torch.arange(D),
+        "t2d": torch.zeros(V, dtype=torch.bool).index_fill(0, ids_D, True),
+    }
+
+
+def make_samples(shape: Shape) -> list[Sample]:
+    return [
+        Sample(
+            f"r{i}", 0, int(shape.prompt * T), torch.randint(shape.V, (T,)), torch.randn(T, 3 * shape.H),
+            torch.randn(T, shape.H), 0, [],
+        )
+        for i, T in enumerate(shape.lengths)
+    ]  # fmt: skip
+
+
+Step = Callable[[], tuple[float, Tensor]]  # the loss and a gradient to compare
+
+
+def our_step(shape: Shape, weights: dict[str, Tensor], target: FrozenTarget, samples: list[Sample]) -> Step:
+    draft = Eagle3Draft(make_config(shape))
+    draft.load_state_dict(weights)
+    generated_only = shape.prompt > 0
+
+    def step() -> tuple[float, Tensor]:
+        draft.zero_grad()
+        packed = pack(samples, torch.device("cpu"))
+        loss = unroll(draft, target, packed, shape.steps, DECAY, generated_only).loss
+        loss.backward()
+        return loss.item(), draft.fc.weight.grad
+
+    return step
+
+
+def peer_step(shape: Shape, weights: dict[str, Tensor], target: FrozenTarget, samples: list[Sample]) -> Step:
+    from specforge.algorithms.eagle3 import model as peer
+    from specforge.core import loss as peer_loss
+    from specforge.modeling.draft import LlamaForCausalLMEagle3
+
+    if not torch.cuda.is_available():
+        peer.LogSoftmaxLoss = type("EagerLoss", (), {"apply": staticmethod(peer_loss._compute_loss)})
+    draft = LlamaForCausalLMEagle3(transformers.LlamaConfig(**make_config(shape)), attention_backend="sdpa")
+    draft.load_state_dict({**weights, "embed_tokens.weight": target.embed_VH})
+    draft.embed_tokens.weight.requires_grad_(False)
+    model = peer.OnlineEagle3Model(draft, length=shape.steps, attention_backend="sdpa")
+
+    def shifted(rows: Tensor) -> Tensor:
+        return torch.cat([rows[1:], torch.zeros_like(rows[:1])])
+
+    def step() -> tuple[float, Tensor]:
+        model.zero_grad()
+        T_B = torch.tensor(shape.lengths)
+        row_BL = torch.arange(max(shape.lengths)).expand(len(samples), -1)
+        prompt_B1 = torch.tensor([[s.prompt_tokens] for s in samples])
+        mask_BL = (row_BL + 1 < T_B[:, None]) & (row_BL + 2 >= prompt_B1)
+        losses, *_ = model(
+            input_ids=pad_sequence([shifted(s.tokens_T) for s in samples], batch_first=True),
+            attention_mask=(row_BL < T_B[:, None]),
+            target=None,
+            loss_mask=mask_BL[..., None].long(),
+            hidden_states=pad_sequence([s.aux_T3H for s in samples], batch_first=True),
+            target_hidden_for_compact=pad_sequence([shifted(s.last_TH) for s in samples], batch_first=True),
+            target_head_weight=target.head_VH,
+        )
+        # The peer takes each step's mean over all rows; ours over those that count.
+        counts = [int(mask_BL[:, k:].sum()) for k in range(shape.steps)]
+        loss = sum(DECAY**k * mean * mask_BL.numel() / counts[k] for k, mean in enumerate(losses))
+        loss.backward()
+        return loss.item(), draft.fc.weight.grad
+
+    return step
+
+
+def peak_bytes(step: Step) -> int:
+    """Highest resident set during a step, above the one before it."""
+    libc = ctypes.CDLL("libc.so.6")
+    libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)  # large blocks go back to the system when they are freed
+    libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _resident("VmRSS")
+    step()
+    return _resident("VmHWM") - before
+
+
+def _resident(name: str) -> int:
+    line = next(ln for ln in Path("/proc/self/status").read_text().splitlines() if ln.startswith(name))
+    return int(line.split()[1]) << 10
+
+
+def make_steps(shape: Shape) -> dict[str, Step]:
+    torch.manual_seed(0)
+    weights, samples = make_weights(make_config(shape)), make_samples(shape)
+    target = FrozenTarget(torch.randn(shape.V, shape.H), 0.1 * torch.randn(shape.V, shape.H))
+    return {
+        make.__name__.removesuffix("_step"): make(shape, weights, target, samples) for make in (our_step, peer_step)
+    }
+
+
+def measure(shape: Shape, rounds: int) -> dict[str, Any]:
+    steps = make_steps(shape)
+    (our_loss, our_grad), (peer_loss, peer_grad) = (step() for step in steps.values())  # also the warm-up
+    seconds: dict[str, list[float]] = {who: [] for who in steps}
+    for _ in range(rounds):
+        for who, step in steps.items():
+            started = time.perf_counter()
+            step()
+            seconds[who].append(time.perf_counter() - started)
+    return {
+        "shape": asdict(shape),
+        "seconds": seconds,
+        "tokens_per_s": {who: sum(shape.lengths) / statistics.median(s) for who, s in seconds.items()},
+        "speed_ratio": statistics.median(seconds["peer"]) / statistics.median(seconds["our"]),
+        "loss_difference": abs(our_loss - peer_loss) / abs(peer_loss),
+        "gradient_difference": float((our_grad - peer_grad).norm() / peer_grad.norm()),
+    }
+
+
+def measure_memory(shape: Shape, rounds: int) -> dict[str, Any]:
+    """Apart from the clock: giving memory back to the system at once makes every step slower."""
+    peaks: dict[str, list[int]] = {}
+    for who, step in make_steps(shape).items():
+        step()
+        peaks[who] = [peak_bytes(step) for _ in range(rounds)]
+    return {
+        "peak_bytes": peaks,
+        "memory_ratio": statistics.median(peaks["our"]) / statistics.median(peaks["peer"]),
+    }
+
+
+def show(samples: list[dict[str, Any]]) -> None:
+    table = Table(title="one training step, ours and SpecForge 0.2.0")
+    for column in ("shape", "ours tokens/s", "peer tokens/s", "speed", "memory", "loss differs", "gradient differs"):
+        table.add_column(column)
+    for s in samples:
+        table.add_row(
+            s["shape"]["name"], f"{s['tokens_per_s']['our']:.0f}", f"{s['tokens_per_s']['peer']:.0f}",
+            f"x {s['speed_ratio']:.2f} ({_spread(s)})", f"x {s['memory_ratio']:.2f}", f"{s['loss_difference']:.1e}",
+            f"{s['gradient_difference']:.1e}",
+        )  # fmt: skip
+    Console(width=120).print(table)
+
+
+def _spread(sample: dict[str, Any]) -> str:
+    """Lowest and highest ratio of a round."""
+    ratios = [peer / our for our, peer in zip(*sample["seconds"].values(), strict=True)]
+    return f"{min(ratios):.2f} to {max(ratios):.2f}"
+
+
+def main(
+    quick: Annotated[bool, typer.Option(help="Fewer rounds; ends within a minute and a half on two cores.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
+) -> None:
+    if not PEER.exists():
+        typer.echo(f"error: the peer is missing; pip install --no-deps --target {PEER} specforge==0.2.0", err=True)
+        raise typer.Exit(2)
+    sys.path.insert(0, str(PEER))
+    samples = [measure(shape, rounds=2 if quick else 7) for shape in SHAPES]
+    for shape, sample in zip(SHAPES, samples, strict=True):
+        sample |= measure_memory(shape, rounds=1 if quick else 3)
+    show(samples)
+    if json_file:
+        record = {
+            "machine": {
+                "architecture": platform.machine(),
+                "threads": torch.get_num_threads(),
+                "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            },
+            "versions": {"torch": torch.__version__, "specforge": "0.2.0", "python": platform.python_version()},
+            "command": " ".join(sys.argv),
+            "ratios": {
+                f"{s['shape']['name']}: {name}": s[f"{name}_ratio"] for s in samples for name in ("speed", "memory")
+            },
+            "samples": samples,
+        }
+        with tempfile.NamedTemporaryFile("w", dir=json_file.parent, delete=False) as part:
+            part.write(json.dumps(record, indent=1) + "\n")
+        Path(part.name).replace(json_file)
+
+
+if __name__ == "__main__":
+    typer.run(main)
