@@ -65,14 +65,18 @@ def outputs(answers: list[dict[str, Any]]) -> list[list[int]]:
 
 
 def settled(client: Client) -> dict[str, Any]:
-    """A status in which nothing is under way and the trainer has spoken since."""
+    """A status in which nothing is under way, and of which the trainer has spoken twice."""
+    last: dict[str, Any] = client.status()
+    heartbeats = 0
 
     def look() -> dict[str, Any] | None:
-        first = client.status()
-        time.sleep(2.5)  # two heartbeats
-        second = client.status()
-        quiet = first["tokens"]["captured"] == second["tokens"]["captured"] and second["tokens"]["in_flight"] == 0
-        return second if quiet and not any(e["queued_passes"] for e in second["export"]) else None
+        nonlocal last, heartbeats
+        before, last = last, client.status()
+        if last["tokens"]["captured"] != before["tokens"]["captured"]:
+            heartbeats = 0
+        heartbeats += last["trainer"]["silent_s"] < before["trainer"]["silent_s"]
+        under_way = last["tokens"]["in_flight"] or any(export["queued_passes"] for export in last["export"])
+        return last if heartbeats >= 2 and not under_way else None
 
     return wait_for("captured tokens come to rest", look)
 
