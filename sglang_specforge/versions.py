@@ -25,12 +25,15 @@ class VersionFolder:
     def newest(self) -> int | None:
         return max(self.published(), default=None)
 
-    def publish(self, config: dict[str, Any], tensors: dict[str, torch.Tensor], keep: int) -> int:
-        """Write the next version, delete all but the newest ``keep``; returns its number."""
+    def publish(
+        self, config: dict[str, Any], tensors: dict[str, torch.Tensor], keep: int, spared: Path | None = None
+    ) -> int:
+        """Write the next version, delete all but the newest ``keep`` and ``spared``; returns its number."""
         version = self._claim()
         save_checkpoint(self.path(version), config, tensors)
-        for old in self.published()[:-keep]:
-            shutil.rmtree(self.path(old), ignore_errors=True)
+        for old in map(self.path, self.published()[:-keep]):
+            if old != spared:
+                shutil.rmtree(old, ignore_errors=True)
         return version
 
     def adopt(self, checkpoint: Path) -> int:

@@ -79,8 +79,12 @@ class Trainer:
         self._held_out_acceptance_length = self._learner.acceptance_length(
             list(self._replay.held_out)[-_EVALUATED_SAMPLES:]
         )
+        # A restarted trainer reads the configuration of the draft that the server started with.
         version = self._versions.publish(
-            self._learner.config, self._learner.export(), keep=self._run.settings.keep_versions
+            self._learner.config,
+            self._learner.export(),
+            keep=self._run.settings.keep_versions,
+            spared=self._run.version_path(0),
         )
         self._save()
         self._send(control.VersionReady(version=version, step=self._learner.step))
@@ -134,8 +138,11 @@ def main() -> None:
         )
     torch.set_num_threads(run.settings.trainer_threads)
     torch.manual_seed(run.settings.seed)
+    device = torch.device(run.settings.trainer_device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # FSDP works on the current device
     # One process: a store in memory is enough, and nothing listens on a port.
-    backend = "nccl" if run.settings.trainer_device.startswith("cuda") else "gloo"
+    backend = "nccl" if device.type == "cuda" else "gloo"
     torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
     trainer = Trainer(run)
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -137,3 +137,5 @@ def test_versions_grow_and_old_ones_go(tmp_path, draft):
     with pytest.raises(CheckpointError):
         folder.adopt(tmp_path / "nowhere")
     assert folder.newest() == 4
+    folder.publish(config, tensors, keep=2, spared=folder.path(2))
+    assert folder.published() == [2, 4, 5]

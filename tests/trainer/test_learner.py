@@ -1,5 +1,7 @@
 """The training step and its checkpoints, under FSDP2 in one process as the trainer runs it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -75,6 +77,15 @@ def test_a_checkpoint_of_another_target_is_refused_by_name(run):
     other = run.model_copy(update={"target_fingerprint": "0123456789abcdef"})
     with pytest.raises(ResumeError, match="0123456789abcdef"):
         Checkpoints(other).resume(Learner(run, CPU))
+
+
+def test_a_checkpoint_of_another_shape_is_refused_with_what_to_do(run, tmp_path):
+    Checkpoints(run).save(Learner(run, CPU), TokenLedger(), Parity())
+    (tmp_path / "wide").mkdir()
+    wide = make_run(tmp_path / "wide", Path(run.target_path), draft_vocab_size=40)
+    wide = wide.model_copy(update={"settings": run.settings})
+    with pytest.raises(ResumeError, match="does not fit the served draft; give another --draft-training-run-dir"):
+        Checkpoints(wide).resume(Learner(wide, CPU))
 
 
 def test_a_step_that_is_not_finite_changes_nothing(run):
