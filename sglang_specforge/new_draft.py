@@ -73,17 +73,18 @@ def import_draft(given: Path, target_path: Path, out: Path) -> Path:
             raise CheckpointError(
                 f"draft checkpoint {given}: {name} {raw.get(name)!r} cannot be trained, only {accepted[0]!r}"
             )
-    target = load_target_config(target_path)
-    llama = LlamaConfig(**{k: v for k, v in raw.items() if k not in ("architectures", "model_type")})
-    config = draft_config(target, raw.get("draft_vocab_size") or target.vocab_size, str(raw.get("dtype")), fingerprint)
-    config |= {name: getattr(llama, name) for name in (*_COPIED, *_OWN)}
-    config |= {name: raw[name] for name in _CAPTURE if name in raw}
-    config[FINGERPRINT_KEY] = raw.get(FINGERPRINT_KEY) or fingerprint
     tensors = {
         name.replace("layers.0.", "midlayer.").removeprefix("model."): tensor
         for name, tensor in read_tensors(given).items()
         if "embed_tokens" not in name
     }
+    target = load_target_config(target_path)
+    llama = LlamaConfig(**{k: v for k, v in raw.items() if k not in ("architectures", "model_type")})
+    dtypes = [str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()]
+    config = draft_config(target, raw.get("draft_vocab_size") or target.vocab_size, dtypes[0], fingerprint)
+    config |= {name: getattr(llama, name) for name in (*_COPIED, *_OWN)}
+    config |= {name: raw[name] for name in _CAPTURE if name in raw}
+    config[FINGERPRINT_KEY] = raw.get(FINGERPRINT_KEY) or fingerprint
     V, D = config["vocab_size"], config["draft_vocab_size"]
     tensors.setdefault("d2t", torch.zeros(D, dtype=torch.int64))
     if "t2d" not in tensors and tensors["d2t"].numel() == D:

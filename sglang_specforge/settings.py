@@ -33,7 +33,9 @@ class DraftTrainingSettings(BaseModel):
     trainer: Literal["spawn", "none"] = Field(
         "spawn", description="spawn: the server starts and supervises the trainer. none: capture only."
     )
-    trainer_device: str = Field("cpu", description="Torch device of the trainer, for instance cuda:1.")
+    trainer_device: str = Field(
+        "cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="Torch device of the trainer, for instance cuda:1."
+    )
     trainer_threads: int = Field(1, ge=1, description="CPU threads of the trainer.")
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="Compute type of training; auto follows the target. Weights are published as served."

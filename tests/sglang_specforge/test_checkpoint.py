@@ -95,9 +95,9 @@ def test_a_shallow_target_is_refused(target, tmp_path):
 def test_a_draft_from_elsewhere_is_taken_in(tmp_path, draft, target):
     """SpecForge's layout of names, an embedding of its own, no t2d, an older rotary setting, no fingerprint."""
     config = load_config(draft)
-    for name in (FINGERPRINT_KEY, "rope_parameters", "head_dim"):
+    for name in (FINGERPRINT_KEY, "rope_parameters", "dtype"):
         del config[name]
-    (draft / "config.json").write_text(json.dumps({**config, "rope_theta": 5000.0, "head_dim": 8}))
+    (draft / "config.json").write_text(json.dumps({**config, "rope_theta": 5000.0}))
     tensors = load_file(draft / "model.safetensors")
     del tensors["t2d"]
     tensors["embed_tokens.weight"] = torch.zeros(VOCAB, 16)
@@ -108,6 +108,7 @@ def test_a_draft_from_elsewhere_is_taken_in(tmp_path, draft, target):
     assert torch.equal(found["midlayer.mlp.up_proj.weight"], tensors["midlayer.mlp.up_proj.weight"])
     assert found["t2d"].sum() == 32
     assert load_config(taken)["rope_parameters"]["rope_theta"] == 5000.0
+    assert load_config(taken)["dtype"] == "float32"
 
 
 @pytest.mark.parametrize(

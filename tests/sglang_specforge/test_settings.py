@@ -23,6 +23,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path, name, text
         ({"ttt_stepz": 3}, "'ttt_stepz' is unknown; accepted are: run_dir"),
         ({"ttt_steps": "many"}, "'ttt_steps' = 'many' is not accepted"),
         ({"ttt_steps": 0}, "'ttt_steps' = 0 is not accepted"),
+        ({"trainer_device": "gpu1"}, "'trainer_device' = 'gpu1' is not accepted"),
         ({"trainer": "remote"}, "'trainer' = 'remote' is not accepted"),
         ({"batch_tokens": 2048, "replay_tokens": 100}, "replay_tokens = 100 holds no batch"),
     ],
