@@ -41,7 +41,7 @@ def init_draft(
     target = load_target_config(folder)
     _, head_VH = load_embedding_and_head(folder)
     if dtype == "auto":
-        dtype = str(head_VH.dtype).removeprefix("torch.")
+        dtype = _name(head_VH.dtype)
     config = draft_config(target, draft_vocab_size, dtype, fingerprint_target(folder))
     V, D = config["vocab_size"], config["draft_vocab_size"]
     generator = torch.Generator().manual_seed(seed)
@@ -80,8 +80,8 @@ def import_draft(given: Path, target_path: Path, out: Path) -> Path:
     }
     target = load_target_config(target_path)
     llama = LlamaConfig(**{k: v for k, v in raw.items() if k not in ("architectures", "model_type")})
-    dtypes = [str(t.dtype).removeprefix("torch.") for t in tensors.values() if t.is_floating_point()]
-    config = draft_config(target, raw.get("draft_vocab_size") or target.vocab_size, dtypes[0], fingerprint)
+    dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
+    config = draft_config(target, raw.get("draft_vocab_size") or target.vocab_size, _name(dtype), fingerprint)
     config |= {name: getattr(llama, name) for name in (*_COPIED, *_OWN)}
     config |= {name: raw[name] for name in _CAPTURE if name in raw}
     config[FINGERPRINT_KEY] = raw.get(FINGERPRINT_KEY) or fingerprint
@@ -115,3 +115,7 @@ def draft_config(target: PretrainedConfig, draft_vocab_size: int, dtype: str, fi
         FINGERPRINT_KEY: fingerprint,
         **{name: getattr(target, name, None) for name in _COPIED},
     }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
