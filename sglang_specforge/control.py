@@ -22,7 +22,7 @@ from sglang_specforge.versions import VersionFolder
 
 logger = logging.getLogger(__name__)
 
-_SWAP_POLL_S = 0.05
+_SWAP_POLL_S = 0.2  # each look costs the scheduler a copy of its configuration
 _STAGE_LIMIT_S = 120.0
 _SILENT_S = 10.0  # a trainer not heard of for so long is shown as lagging
 
