@@ -32,15 +32,14 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
         ("  parity", f"{trainer['parity']['agreed']}/{trainer['parity']['compared']}"),
     ]
     if process := trainer["process"]:
-        rows.append(("  process", f"{process['pid'] or 'down'}, {process['restarts']} restarts, {_last(process)}"))
+        last_exit = process["last_exit"] or "none"
+        rows.append(
+            ("  process", f"{process['pid'] or 'down'}, {process['restarts']} restarts, last exit: {last_exit}")
+        )
     for version, why in {**draft["refused"], **draft["failed_swaps"]}.items():
         rows.append((f"version {version} stays out", why))
     rows += [("exporter stopped", export["failure"]) for export in status["export"] if export["failure"]]
     return rows
-
-
-def _last(process: dict[str, Any]) -> str:
-    return f"last exit: {process['last_exit'] or 'none'}"
 
 
 def _number(value: float | None) -> str:

@@ -22,7 +22,7 @@ def attend(q_QNP: Tensor, keys: list[Tensor], values: list[Tensor], bounds: Boun
 
 class _PrefixAndChain(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_QNP: Tensor, k_QNP: Tensor, v_QNP: Tensor, bounds: Bounds, *chain: Tensor) -> Tensor:  # noqa: ANN001
+    def forward(ctx, q_QNP: Tensor, k_QNP: Tensor, v_QNP: Tensor, bounds: Bounds, *chain: Tensor) -> Tensor:
         scale = q_QNP.shape[-1] ** -0.5
         out_QNP, lse_QN = torch.empty_like(q_QNP), q_QNP.new_empty(q_QNP.shape[:2], dtype=_accumulated(q_QNP))
         for rows in (slice(*b) for b in bounds):
@@ -40,7 +40,7 @@ class _PrefixAndChain(torch.autograd.Function):
         return out_QNP
 
     @staticmethod
-    def backward(ctx, grad_QNP: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN001
+    def backward(ctx, grad_QNP: Tensor) -> tuple[Tensor | None, ...]:
         q_QNP, k_QNP, v_QNP, out_QNP, lse_QN, *chain = ctx.saved_tensors
         scale = q_QNP.shape[-1] ** -0.5
         dq_QNP, dk_QNP, dv_QNP = (torch.empty_like(t) for t in (q_QNP, k_QNP, v_QNP))

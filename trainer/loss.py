@@ -57,7 +57,8 @@ def unroll(
     rows_M = teaches_N.nonzero().flatten()
     valid_KN = torch.zeros(steps, teaches_N.numel(), dtype=torch.bool, device=teaches_N.device)
     for k in range(steps):
-        valid_KN[k, (rows_M - 1 - k)[rows_M - 1 - k >= pack.first_row_N[rows_M]]] = True
+        rows_N = rows_M - 1 - k
+        valid_KN[k, rows_N[rows_N >= pack.first_row_N[rows_M]]] = True
     weights_K = [decay**k / max(1, count) for k, count in enumerate(valid_KN.sum(1).tolist())]
 
     def objective(hidden_KNH: list[Tensor], head_DH: Tensor) -> tuple[Tensor, Tensor]:
