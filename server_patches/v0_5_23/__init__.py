@@ -25,6 +25,7 @@ TARGETS = (
     Target("sglang.srt.managers.tokenizer_manager.TokenizerManager.set_internal_state", ("self", "obj")),
     Target("sglang.srt.managers.tokenizer_manager.TokenizerManager.get_internal_state", ("self",)),
     Target(f"{_HTTP}.launch_server", ("server_args",)),
+    Target("sglang.srt.configs.model_config._get_and_verify_dtype", ("config", "dtype")),
     Target("sglang.srt.layers.logits_processor.LogitsProcessor._get_last_hidden_states_to_store", ("self",)),
     Fields("sglang.srt.layers.logits_processor.LogitsProcessorOutput", ("hidden_states", "last_hidden_states")),
     Fields(

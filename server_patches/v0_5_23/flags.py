@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
+from sglang.srt.configs.model_config import _get_and_verify_dtype
 from sglang.srt.plugins.hook_registry import HookRegistry
+from transformers import PretrainedConfig
 
 from server_patches.targets import IncompatibleSGLang
 from sglang_specforge.checkpoint import FINGERPRINT_KEY, CheckpointError, load_config
@@ -62,7 +64,7 @@ def _start_run(args: argparse.Namespace, settings: DraftTrainingSettings) -> Non
     _refuse_contradictions(args)
     folder = resolve_target(args.model_path)
     target = load_target_config(folder)
-    dtype = _served_dtype(args.dtype, target.dtype)
+    dtype = _served_dtype(target, args.dtype)
     if given := args.speculative_draft_model_path:
         draft = import_draft(resolve_target(given), folder, VersionFolder(settings.run_dir.absolute()).root / "given")
     else:
@@ -99,10 +101,9 @@ def _own_draft(settings: DraftTrainingSettings, target: Path, dtype: str) -> Pat
     return draft
 
 
-def _served_dtype(asked: str, target: Any) -> str:
-    """SGLang's ``--dtype`` resolved. float16 has no place in training: the range of the gradients does not fit."""
-    served = str(target).removeprefix("torch.") if asked == "auto" else asked
-    served = {"float": "float32", "None": "bfloat16"}.get(served, served)
+def _served_dtype(target: PretrainedConfig, asked: str) -> str:
+    """The type that SGLang serves the target in. It makes float16 of a float32 target unless told otherwise."""
+    served = str(_get_and_verify_dtype(target, asked)).removeprefix("torch.")
     if served not in get_args(Dtype):
         raise SettingsError(
             f"--enable-draft-training serves in {' or '.join(get_args(Dtype))}, not {served}; give --dtype bfloat16"

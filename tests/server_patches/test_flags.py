@@ -61,13 +61,22 @@ def test_without_the_flag_nothing_changes(target):
 def test_the_flag_makes_a_draft_and_sets_speculation(target, tmp_path):
     run_dir = tmp_path / "run"
     fields, run = answer(
-        parse("--model-path", str(target), "--enable-draft-training", "--draft-training-run-dir", str(run_dir))
+        parse(
+            "--model-path",
+            str(target),
+            "--dtype",
+            "bfloat16",
+            "--enable-draft-training",
+            "--draft-training-run-dir",
+            str(run_dir),
+        )  # fmt: skip
     )
     assert fields["speculative_algorithm"] == "'EAGLE3'"
     assert (fields["speculative_num_steps"], fields["speculative_eagle_topk"]) == ("3", "1")
     assert fields["speculative_num_draft_tokens"] == "4"
     assert (run_dir / "versions" / "initial" / "model.safetensors").exists()
     assert json.loads(run)["settings"]["run_dir"] == str(run_dir)
+    assert json.loads(run)["served_dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -79,6 +88,8 @@ def test_the_flag_makes_a_draft_and_sets_speculation(target, tmp_path):
         (["--enable-draft-training", "--speculative-algorithm", "NGRAM"], "not --speculative-algorithm NGRAM"),
         (["--enable-draft-training", "--pp-size", "2"], "without pipeline parallelism"),
         (["--enable-draft-training", "--dtype", "float16"], "not float16; give --dtype bfloat16"),
+        # The target is float32, which SGLang serves as float16 where no type is asked for.
+        (["--enable-draft-training"], "not float16; give --dtype bfloat16"),
     ],
 )
 def test_contradictions_stop_the_start(parser, target, tmp_path, capsys, arguments, message):
