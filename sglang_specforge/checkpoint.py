@@ -1,8 +1,8 @@
-"""EAGLE3 draft checkpoints as SGLang loads them (``LlamaForCausalLMEagle3``): layout and checks.
+"""Draft checkpoints as SGLang loads them: layout and checks.
 
-A checkpoint is a folder with ``config.json`` and ``model.safetensors``. Shapes: H hidden, V target vocabulary,
-D draft vocabulary, Q and K query and key/value widths, I intermediate. ``d2t`` [D] holds, for each draft id,
-the target id minus the draft id; ``t2d`` [V] says which target ids the draft knows.
+A checkpoint is a folder with ``config.json`` and ``model.safetensors``. For a target vocabulary V and a draft
+vocabulary D, ``d2t`` [D] holds, for each draft id, the target id minus the draft id; ``t2d`` [V] says which target ids
+the draft knows. Its other tensors are those of its kind (``sglang_specforge.drafts``).
 """
 
 import json
@@ -13,35 +13,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from sglang_specforge.drafts import expected_shapes, kind_of
+
 FINGERPRINT_KEY = "specforge_target_fingerprint"
-_COMPUTED_WITH = ("num_attention_heads", "head_dim", "rms_norm_eps", "rope_parameters", "eagle_config")
 
 
 class CheckpointError(ValueError):
     """A draft checkpoint cannot be used; the message names the tensor or fingerprint at fault."""
-
-
-def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every tensor of a checkpoint and its shape."""
-    H, V, D, I = (config[k] for k in ("hidden_size", "vocab_size", "draft_vocab_size", "intermediate_size"))  # noqa: E741
-    Q, K = (config[k] * config["head_dim"] for k in ("num_attention_heads", "num_key_value_heads"))
-    return {
-        "fc.weight": (H, 3 * H),
-        "midlayer.self_attn.q_proj.weight": (Q, 2 * H),
-        "midlayer.self_attn.k_proj.weight": (K, 2 * H),
-        "midlayer.self_attn.v_proj.weight": (K, 2 * H),
-        "midlayer.self_attn.o_proj.weight": (H, Q),
-        "midlayer.mlp.gate_proj.weight": (I, H),
-        "midlayer.mlp.up_proj.weight": (I, H),
-        "midlayer.mlp.down_proj.weight": (H, I),
-        "midlayer.input_layernorm.weight": (H,),
-        "midlayer.hidden_norm.weight": (H,),
-        "midlayer.post_attention_layernorm.weight": (H,),
-        "norm.weight": (H,),
-        "lm_head.weight": (D, H),
-        "d2t": (D,),
-        "t2d": (V,),
-    }
 
 
 def save_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
@@ -77,8 +55,8 @@ def load_checked(folder: Path, served: dict[str, Any], fingerprint: str) -> dict
     """
     config, tensors = load_config(folder), read_tensors(folder)
     check_tensors(folder, {**served, FINGERPRINT_KEY: config.get(FINGERPRINT_KEY)}, tensors, fingerprint)
-    for name in _COMPUTED_WITH:
-        if config.get(name) != served.get(name):
+    for name in kind_of(served).computed_with:
+        if (config.get(name) or None) != (served.get(name) or None):
             raise CheckpointError(
                 f"draft checkpoint {folder}: {name} is {config.get(name)!r}, of the served draft {served.get(name)!r}"
             )
@@ -102,7 +80,7 @@ def check_tensors(folder: Path, config: dict[str, Any], tensors: dict[str, torch
         )
     shapes = expected_shapes(config)
     for name in sorted(shapes.keys() ^ tensors.keys()):
-        what = "is missing" if name in shapes else "is not part of an EAGLE3 draft"
+        what = "is missing" if name in shapes else "is not part of such a draft"
         raise CheckpointError(f"draft checkpoint {folder}: tensor {name} {what}")
     for name, shape in shapes.items():
         if tuple(tensors[name].shape) != shape:

@@ -1,27 +1,25 @@
 """``sglang-specforge``: making drafts, watching a server, driving traffic at it, and the demo."""
 
 import asyncio
+import importlib.metadata
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import httpx
 import typer
 from rich.console import Console
 from rich.live import Live
 
 from sglang_specforge import status_view, traffic
 from sglang_specforge.checkpoint import CheckpointError
+from sglang_specforge.client import DEFAULT_URL, ApiKey, Url, ask, fail
 from sglang_specforge.demo import run_demo
 from sglang_specforge.new_draft import init_draft as write_draft
 from sglang_specforge.target import TargetError
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
-console, errors = Console(), Console(stderr=True)
-
-Url = Annotated[str, typer.Option(help="Address of the server.")]
-ApiKey = Annotated[str | None, typer.Option(envvar="SGLANG_API_KEY", help="The server's --api-key.")]
-DEFAULT_URL = "http://127.0.0.1:30000"
+console = Console()
+_COMMANDS = "sglang_specforge.commands"  # entry points; the trainer adds its own, as nothing here imports it
 
 
 @app.command()
@@ -34,13 +32,13 @@ def init_draft(
 ) -> None:
     """Write a random EAGLE3 draft for a target, ready for --speculative-draft-model-path."""
     if dtype not in ("auto", "bfloat16", "float32"):
-        _fail(f"--dtype {dtype} is not accepted; give auto, bfloat16 or float32")
+        fail(f"--dtype {dtype} is not accepted; give auto, bfloat16 or float32")
     if (out / "config.json").exists():
-        _fail(f"{out} holds a checkpoint already; give another folder or remove it")
+        fail(f"{out} holds a checkpoint already; give another folder or remove it")
     try:
         write_draft(target, out, draft_vocab_size=draft_vocab_size, dtype=dtype, seed=seed)
     except (TargetError, CheckpointError, OSError) as error:
-        _fail(str(error))
+        fail(str(error))
     console.print(f"wrote {out}")
 
 
@@ -75,9 +73,9 @@ def swap(
     api_key: ApiKey = None,
 ) -> None:
     """Put a draft checkpoint into the live server. A running trainer replaces it with its next version."""
-    answer = _ask("POST", url, "/draft/versions", api_key, json={"path": str(checkpoint.absolute())}, timeout=180)
+    answer = ask("POST", url, "/draft/versions", api_key, json={"path": str(checkpoint.absolute())}, timeout=180)
     if answer.status_code == 422:
-        _fail(answer.json()["message"], code=1)
+        fail(answer.json()["message"], code=1)
     console.print(f"version {answer.json()['version']} is active")
 
 
@@ -101,32 +99,13 @@ def drive_traffic(
         f"{tally.tokens_per_s:.1f} tokens/s"
     )
     if tally.failures:
-        _fail(f"first failure: {tally.failures[0]}", code=1)
+        fail(f"first failure: {tally.failures[0]}", code=1)
 
 
 app.command("demo")(run_demo)
+for _command in importlib.metadata.entry_points(group=_COMMANDS):
+    app.command(_command.name)(_command.load())
 
 
 def _fetch_status(url: str, api_key: str | None) -> dict:
-    return _ask("GET", url, "/draft/status", api_key, timeout=10).json()
-
-
-def _ask(method: str, url: str, path: str, api_key: str | None, **kwargs: Any) -> httpx.Response:
-    """The server's answer; anything but success or 422 ends the command with what to do about it."""
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    try:
-        answer = httpx.request(method, url + path, headers=headers, trust_env=False, **kwargs)
-    except httpx.HTTPError as error:
-        _fail(f"{url} does not answer ({error}); is the server up, and is --url right?")
-    if answer.status_code == 404:
-        _fail(f"the server at {url} runs without --enable-draft-training")
-    if answer.status_code in (401, 403):
-        _fail(f"the server at {url} wants its key; give --api-key or set SGLANG_API_KEY")
-    if answer.is_error and answer.status_code != 422:
-        _fail(f"{url}{path} answered {answer.status_code}: {answer.text[:300]}")
-    return answer
-
-
-def _fail(message: str, code: int = 2) -> None:
-    errors.print(f"error: {message}", style="red", highlight=False, soft_wrap=True)
-    raise typer.Exit(code)
+    return ask("GET", url, "/draft/status", api_key, timeout=10).json()

@@ -80,6 +80,9 @@ class ControlService:
         dropped = _add_up([export["dropped"] for export in exports] + [ledger.dropped])
         return {
             "target_fingerprint": self._run.target_fingerprint,
+            "target_path": self._run.target_path,
+            "served_dtype": self._run.served_dtype,
+            "spans_endpoint": self._run.spans_endpoint,
             "draft": {
                 **ranks[0]["bank"],
                 "started_from": self._run.draft_path,

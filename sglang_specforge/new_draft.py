@@ -1,7 +1,7 @@
 """Drafts that a run can start from: random ones, and ones that come from elsewhere."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import LlamaConfig, PretrainedConfig
@@ -10,39 +10,47 @@ from sglang_specforge.checkpoint import (
     FINGERPRINT_KEY,
     CheckpointError,
     check_tensors,
-    expected_shapes,
     load_config,
     read_tensors,
     save_checkpoint,
 )
+from sglang_specforge.drafts import EAGLE3_VARIANTS, expected_shapes
 from sglang_specforge.target import fingerprint_target, load_embedding_and_head, load_target_config, resolve_target
 
-_CAPTURE = ("eagle_config",)  # names the captured layers, where they are not the default ones
+_KEPT = ("eagle_config", *EAGLE3_VARIANTS)  # the captured layers, where they are not the default ones, and variants
 _TRAINABLE: dict[str, tuple[Any, ...]] = {
     "architectures": (["LlamaForCausalLMEagle3"],),
     "num_hidden_layers": (1,),
-    "norm_output": (False, None),
-    "norm_before_fc": (False, None),
     "tie_word_embeddings": (False, None),
 }
+Recipe = Literal["eagle3", "eagle3.1"]
+RECIPES: dict[str, dict[str, Any]] = {"eagle3": {}, "eagle3.1": {"fc_norm": True, "norm_output": True}}
 _OWN = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rope_parameters")
 _COPIED = ("rms_norm_eps", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def init_draft(
-    target_path: str, out: Path, *, draft_vocab_size: int = 32_000, dtype: str = "auto", seed: int = 0
+    target_path: str,
+    out: Path,
+    *,
+    draft_vocab_size: int = 32_000,
+    dtype: str = "auto",
+    seed: int = 0,
+    recipe: Recipe = "eagle3",
+    counts_V: torch.Tensor | None = None,
 ) -> Path:
     """Write a draft with random weights for the target to ``out``.
 
-    A draft vocabulary smaller than the target's takes its lowest ids, which BPE merges first. ``lm_head`` starts
-    as the target's rows of these ids, as it reads a hidden state of the same width.
+    A draft vocabulary smaller than the target's takes the tokens with the highest ``counts_V`` (int64 [V]), or else
+    the lowest ids, which BPE merges first. ``lm_head`` starts as the target's rows of these ids, as it reads a hidden
+    state of the same width.
     """
     folder = resolve_target(target_path)
     target = load_target_config(folder)
     _, head_VH = load_embedding_and_head(folder)
     if dtype == "auto":
         dtype = _name(head_VH.dtype)
-    config = draft_config(target, draft_vocab_size, dtype, fingerprint_target(folder))
+    config = draft_config(target, draft_vocab_size, dtype, fingerprint_target(folder)) | RECIPES[recipe]
     V, D = config["vocab_size"], config["draft_vocab_size"]
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -51,11 +59,28 @@ def init_draft(
             continue
         values = torch.ones(shape) if len(shape) == 1 else 0.02 * torch.randn(shape, generator=generator)
         tensors[name] = values.to(getattr(torch, dtype))
-    tensors["lm_head.weight"] = head_VH[:D].to(getattr(torch, dtype), copy=True)
-    tensors["d2t"] = torch.zeros(D, dtype=torch.int64)
-    tensors["t2d"] = torch.arange(V) < D
+    ids_D = choose_vocabulary(V, D, counts_V)
+    tensors["lm_head.weight"] = head_VH[ids_D].to(getattr(torch, dtype))
+    tensors["d2t"] = ids_D - torch.arange(D)
+    tensors["t2d"] = torch.zeros(V, dtype=torch.bool).index_fill_(0, ids_D, True)
     save_checkpoint(out, config, tensors)
     return out
+
+
+def choose_vocabulary(V: int, D: int, counts_V: torch.Tensor | None = None) -> torch.Tensor:
+    """Target ids of the draft vocabulary, ascending int64 [D]: the most frequent, of equals the lowest."""
+    if counts_V is None:
+        return torch.arange(D)
+    return counts_V.sort(descending=True, stable=True).indices[:D].sort().values
+
+
+def coverage(counts_V: torch.Tensor, D: int) -> str:
+    """How much of what was counted a draft vocabulary of ``D`` tokens holds, in words."""
+    total, held = int(counts_V.sum()), int(counts_V.sort(descending=True).values[:D].sum())
+    share = f"{100 * held / total:.2f}%" if total else "nothing"
+    return (
+        f"draft vocabulary: {min(D, counts_V.numel())} of {counts_V.numel()} tokens hold {share} of {total:,} counted"
+    )
 
 
 def import_draft(given: Path, target_path: Path, out: Path) -> Path:
@@ -83,7 +108,7 @@ def import_draft(given: Path, target_path: Path, out: Path) -> Path:
     dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
     config = draft_config(target, raw.get("draft_vocab_size") or target.vocab_size, _name(dtype), fingerprint)
     config |= {name: getattr(llama, name) for name in (*_COPIED, *_OWN)}
-    config |= {name: raw[name] for name in _CAPTURE if name in raw}
+    config |= {name: raw[name] for name in _KEPT if name in raw}
     config[FINGERPRINT_KEY] = raw.get(FINGERPRINT_KEY) or fingerprint
     V, D = config["vocab_size"], config["draft_vocab_size"]
     tensors.setdefault("d2t", torch.zeros(D, dtype=torch.int64))

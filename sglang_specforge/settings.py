@@ -7,58 +7,36 @@ environment variable ``SGLANG_SPECFORGE_RUN`` (``Run``), because SGLang's ``Serv
 import os
 import tomllib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from sglang_specforge.versions import VersionFolder
+from sglang_specforge.training_settings import Job, TrainingSettings
 
 RUN_VARIABLE = "SGLANG_SPECFORGE_RUN"
-Dtype = Literal["bfloat16", "float32"]
+SERVER_PID_VARIABLE = "SGLANG_SPECFORGE_SERVER_PID"  # of the server that started a trainer
+Settings = TypeVar("Settings", bound=TrainingSettings)
 
 
 class SettingsError(ValueError):
     """A setting is unknown, out of bounds, or contradicts another; the message says what is accepted."""
 
 
-class DraftTrainingSettings(BaseModel):
-    """Each field is the flag ``--draft-training-<name>`` and the key ``<name>`` of the settings file."""
+class DraftTrainingSettings(TrainingSettings):
+    """Training on what a live server computes. A field is the flag ``--draft-training-<name>``."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    run_dir: Path = Field(
-        Path("draft-training"), description="Folder for checkpoints, published versions and the trainer's log."
-    )
     trainer: Literal["spawn", "none"] = Field(
         "spawn", description="spawn: the server starts and supervises the trainer. none: capture only."
     )
-    trainer_device: str = Field(
-        "cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="Torch device of the trainer, for instance cuda:1."
-    )
-    trainer_threads: int = Field(1, ge=1, description="CPU threads of the trainer.")
-    dtype: Literal["auto", "bfloat16", "float32"] = Field(
-        "auto", description="Compute type of training; auto follows the target. Weights are published as served."
-    )
+    trainer_processes: int = Field(1, ge=1, description="Processes of the trainer; with CUDA, one on each GPU.")
     ring_mb: int = Field(256, ge=1, description="Host memory for captured states on their way to the trainer, in MiB.")
     max_sample_tokens: int = Field(2048, ge=8, description="Longest sample; the rest of a longer request is dropped.")
-    batch_tokens: int = Field(2048, ge=8, description="Most tokens of one training step.")
     replay_tokens: int = Field(262_144, ge=8, description="Tokens the trainer keeps to train on again.")
     epochs_per_token: float = Field(4.0, gt=0, description="How often, on average, a captured token is trained on.")
     holdout_every: int = Field(20, ge=2, description="One sample in so many is held out for evaluation.")
-    loss_on: Literal["generated", "all"] = Field(
-        "generated", description="Tokens the loss is taken over: generated ones, or prompts too."
-    )
-    ttt_steps: int = Field(7, ge=1, le=16, description="Length of the training-time test (EAGLE-3, section 3.2).")
-    ttt_decay: float = Field(0.8, gt=0, le=1, description="Weight of step k of the training-time test is decay**k.")
-    learning_rate: float = Field(1e-4, gt=0, description="Peak learning rate of AdamW.")
-    warmup_steps: int = Field(50, ge=0, description="Steps of linear warm-up.")
-    weight_decay: float = Field(0.0, ge=0, description="Weight decay of AdamW.")
-    grad_clip: float = Field(0.5, gt=0, description="Largest gradient norm.")
     publish_every_s: float = Field(60.0, gt=0, description="Shortest time between two published versions, in seconds.")
-    keep_versions: int = Field(3, ge=2, description="Published versions kept on disk.")
     draft_vocab_size: int = Field(32_000, ge=8, description="Largest draft vocabulary of a draft created here.")
-    seed: int = Field(0, description="Seed of a draft created here and of the trainer.")
 
     @model_validator(mode="after")
     def _check_together(self) -> "DraftTrainingSettings":
@@ -69,31 +47,12 @@ class DraftTrainingSettings(BaseModel):
         return self
 
 
-class Run(BaseModel):
+class Run(Job):
     """One server run: the settings and everything the launcher decided from them."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     settings: DraftTrainingSettings
-    target_path: str = Field(description="Local folder of the target.")
-    target_fingerprint: str
-    draft_path: str = Field(description="Checkpoint that the server starts with, version 0.")
-    served_dtype: Dtype
-    draft_steps: int = Field(description="Tokens that the server drafts in a chain before each verification.")
     spans_endpoint: str = Field(description="ZMQ endpoint that the trainer binds for captured spans.")
     control_endpoint: str = Field(description="ZMQ endpoint that the server binds for the trainer's messages.")
-
-    @property
-    def run_dir(self) -> Path:
-        return self.settings.run_dir.absolute()
-
-    @property
-    def training_dtype(self) -> Dtype:
-        return self.served_dtype if self.settings.dtype == "auto" else self.settings.dtype
-
-    def version_path(self, version: int) -> Path:
-        """Folder of a published version; version 0 is the draft the server started with."""
-        return VersionFolder(self.run_dir).path(version) if version else Path(self.draft_path)
 
     def export(self) -> None:
         """Hand this run to every process started from here on."""
@@ -106,7 +65,7 @@ class Run(BaseModel):
         return cls.model_validate_json(document) if document else None
 
 
-def load_settings(given: dict[str, Any], file: Path | None = None) -> DraftTrainingSettings:
+def load_settings(model: type[Settings], given: dict[str, Any], file: Path | None = None) -> Settings:
     """Settings from a TOML or YAML ``file``, overridden by what was ``given`` as flags.
 
     Raises:
@@ -114,9 +73,9 @@ def load_settings(given: dict[str, Any], file: Path | None = None) -> DraftTrain
     """
     values = {**(_read_file(file) if file else {}), **given}
     try:
-        return DraftTrainingSettings.model_validate(values)
+        return model.model_validate(values)
     except ValidationError as error:
-        raise SettingsError("\n".join(_explain(item) for item in error.errors())) from error
+        raise SettingsError("\n".join(_explain(model, item) for item in error.errors())) from error
 
 
 def _read_file(file: Path) -> dict[str, Any]:
@@ -133,11 +92,12 @@ def _read_file(file: Path) -> dict[str, Any]:
     return values
 
 
-def _explain(error: Any) -> str:
+def _explain(model: type[TrainingSettings], error: Any) -> str:
     name = ".".join(map(str, error["loc"]))
     if not name:
         return f"draft training settings contradict each other: {error['msg']}"
     if error["type"] == "extra_forbidden":
-        known = ", ".join(DraftTrainingSettings.model_fields)
-        return f"draft training setting {name!r} is unknown; accepted are: {known}"
+        return f"draft training setting {name!r} is unknown; accepted are: {', '.join(model.model_fields)}"
+    if error["type"] == "missing":
+        return f"draft training setting {name!r} is missing: {model.model_fields[name].description}"
     return f"draft training setting {name!r} = {error['input']!r} is not accepted: {error['msg']}"

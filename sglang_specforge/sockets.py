@@ -1,9 +1,11 @@
-"""The folder of a run's Unix sockets, short of path, readable by its owner alone, and gone some time after its run."""
+"""A run's Unix sockets: in a folder short of path that is the owner's alone, and each with one reader."""
 
+import fcntl
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import IO
 
 _PREFIX = "specforge-"
 
@@ -16,12 +18,33 @@ def make_socket_folder() -> Path:
     """
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         pid = folder.name.removeprefix(_PREFIX).partition("-")[0]
-        if pid.isdigit() and not _is_alive(int(pid)):
+        if pid.isdigit() and not is_alive(int(pid)):
             shutil.rmtree(folder, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
 
 
-def _is_alive(pid: int) -> bool:
+class EndpointTaken(RuntimeError):
+    """Another process reads this stream; the message says what to do."""
+
+
+def lock_endpoint(endpoint: str) -> IO[str]:
+    """Hold an ``ipc://`` endpoint for as long as the returned file is open.
+
+    ZMQ would let a second process bind it and take the stream away in silence. Raises EndpointTaken.
+    """
+    lock = open(endpoint.removeprefix("ipc://") + ".lock", "w")  # noqa: SIM115 - the caller holds it
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise EndpointTaken(
+            f"another process reads the states of this server ({endpoint}); start the server with "
+            "--draft-training-trainer none, or wait for the other to end"
+        ) from error
+    return lock
+
+
+def is_alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -10,7 +10,7 @@ import sys
 import time
 from typing import Any
 
-from sglang_specforge.settings import Run
+from sglang_specforge.settings import SERVER_PID_VARIABLE, Run
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +65,29 @@ class TrainerSupervisor:
 
     def _spawn(self) -> subprocess.Popen:
         self._run.run_dir.mkdir(parents=True, exist_ok=True)
-        threads = str(self._run.settings.trainer_threads)
-        environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+        settings = self._run.settings
+        threads = str(settings.trainer_threads)
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "GLOO_SOCKET_IFNAME": "lo",  # several processes speak over loopback
+            SERVER_PID_VARIABLE: str(os.getpid()),
+        }
+        launcher = []
+        if settings.trainer_processes > 1:
+            launcher = [
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node",
+                str(settings.trainer_processes),
+                "-m",
+            ]
         with (self._run.run_dir / "trainer.log").open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "trainer"], env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                [sys.executable, "-m", *launcher, "trainer"],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
             )

@@ -1,6 +1,8 @@
 """The run folder's published drafts: ``versions/000001``, ``versions/000002`` and so on, each a checkpoint."""
 
+import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +28,27 @@ class VersionFolder:
         return max(self.published(), default=None)
 
     def publish(
-        self, config: dict[str, Any], tensors: dict[str, torch.Tensor], keep: int, spared: Path | None = None
+        self, config: dict[str, Any], tensors: dict[str, torch.Tensor], keep: int, spared: Collection[Path | None] = ()
     ) -> int:
         """Write the next version, delete all but the newest ``keep`` and ``spared``; returns its number."""
         version = self._claim()
         save_checkpoint(self.path(version), config, tensors)
         for old in map(self.path, self.published()[:-keep]):
-            if old != spared:
+            if old not in spared:
                 shutil.rmtree(old, ignore_errors=True)
         return version
+
+    def best(self) -> Path | None:
+        """The version that did best on held-out samples."""
+        link = self.root / "best"
+        return link.resolve() if link.exists() else None
+
+    def mark_best(self, version: int) -> None:
+        """Point ``versions/best`` at a version, all at once."""
+        part = self.root / "best.part"
+        part.unlink(missing_ok=True)
+        part.symlink_to(self.path(version).name)
+        os.replace(part, self.root / "best")
 
     def adopt(self, checkpoint: Path) -> int:
         """Copy a checkpoint from elsewhere in as the next version; returns its number.

@@ -42,11 +42,13 @@ def make_sample(tokens: int, prompt_tokens: int = 4, seed: int = 0, **fields) ->
     values = {
         "rid": f"r{seed}",
         "start": 0,
-        "prompt_tokens": prompt_tokens,
         "tokens_T": torch.randint(0, VOCAB, (tokens,), generator=g),
         "aux_T3H": torch.randn(tokens, 3 * HIDDEN, generator=g),
         "last_TH": torch.randn(tokens, HIDDEN, generator=g),
+        "rejected_T": torch.full((tokens,), -1),
         "draft_version": 0,
         "proposals": [],
     }
-    return Sample(**{**values, **fields})
+    values |= fields
+    values.setdefault("generated_T", values["start"] + 1 + torch.arange(tokens) >= prompt_tokens)
+    return Sample(**values)

@@ -1,5 +1,7 @@
 """``python -m trainer``."""
 
-from trainer.loop import main
+import sys
 
-main()
+from trainer.cli import main
+
+main(sys.argv[1:])

@@ -1,101 +1,128 @@
-"""Attention of the training-time test over packed samples; no mask over rows is ever built.
+"""Attention of the training-time test over packed samples; no mask over rows and steps is ever built.
 
 Row t of step k attends to the true prefix of its sample (step-0 keys up to t) and to its own key of each later
-step (EAGLE-3, section 3.2). The prefix part is FlashAttention, sample by sample; the few own keys are merged into
-it by their log-sum-exp. FlashAttention's backward needs only the final output and log-sum-exp of a row, so it serves
-the merged softmax as it is. Where PyTorch offers no flash operator with that interface (today: off the CPU), the
-prefix of one sample at a time goes through plain matrices. Shapes: N rows of the pack, T rows of a sample, Q heads,
-P head size.
+step (EAGLE-3, section 3.2): the prefix part is causal attention over the pack, and the few own keys are merged into it
+by their log-sum-exp. On a CPU the prefix part is PyTorch's FlashAttention, sample by sample, whose backward needs only
+the final output and log-sum-exp of a row and so serves the merged softmax as it is. Elsewhere it is flex_attention,
+compiled, over all samples at once. Shapes: N rows of the pack, T rows of a sample, G key heads, R query heads to a key
+head, P head size.
 """
+
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
 Bounds = list[tuple[int, int]]  # first row of each sample, and the row after its last
 
 
 def attend(q_QNP: Tensor, keys: list[Tensor], values: list[Tensor], bounds: Bounds) -> Tensor:
-    """Attention output [Q, N, P]; ``keys[0]`` and ``values[0]`` are step 0's, the others the later steps' own."""
+    """Attention output [Q, N, P]; ``keys[0]`` and ``values[0]`` [G, N, P] are step 0's, the others the later steps'."""
+    q_GRNP = q_QNP.unflatten(0, (keys[0].shape[0], -1))
+    attend_merged = attend_by_flash if q_QNP.device.type == "cpu" else attend_by_flex
+    return attend_merged(q_GRNP, keys, values, bounds).flatten(0, 1)
+
+
+def attend_by_flash(q_GRNP: Tensor, keys: list[Tensor], values: list[Tensor], bounds: Bounds) -> Tensor:
     chain = [tensor for pair in zip(keys[1:], values[1:], strict=True) for tensor in pair]
-    return _PrefixAndChain.apply(q_QNP, keys[0], values[0], bounds, *chain)
+    return _PrefixAndChain.apply(q_GRNP, keys[0], values[0], bounds, *chain)
+
+
+def attend_by_flex(
+    q_GRNP: Tensor, keys: list[Tensor], values: list[Tensor], bounds: Bounds, flex: Any = None
+) -> Tensor:
+    """``flex`` stands in for the compiled ``flex_attention``."""
+    G, R, N, P = q_GRNP.shape
+    given = (q_GRNP.reshape(1, G * R, N, P), keys[0][None], values[0][None])
+    mask = _causal_within_samples(tuple(bounds), N, q_GRNP.device)
+    out, aux = (flex or _compiled_flex())(*given, block_mask=mask, enable_gqa=R > 1, return_aux=AuxRequest(lse=True))
+    out_GRNP, lse_GRN = out[0].view(q_GRNP.shape), aux.lse[0].view(G, R, N)
+    if len(keys) == 1:
+        return out_GRNP
+    own_KGRN = torch.stack([_own_scores(q_GRNP, key, P**-0.5) for key in keys[1:]])
+    all_lse_GRN = torch.logaddexp(lse_GRN, own_KGRN.logsumexp(0))
+    merged = out_GRNP * (lse_GRN - all_lse_GRN).exp()[..., None].to(out_GRNP.dtype)
+    for own_GRN, value_GNP in zip(own_KGRN, values[1:], strict=True):
+        merged = merged + (own_GRN - all_lse_GRN).exp()[..., None].to(merged.dtype) * value_GNP[:, None]
+    return merged
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex() -> Any:
+    return torch.compile(flex_attention, dynamic=True)
+
+
+@lru_cache(maxsize=4)
+def _causal_within_samples(bounds: tuple[tuple[int, int], ...], rows: int, device: torch.device) -> BlockMask:
+    lengths = torch.tensor([end - start for start, end in bounds])
+    sample_N = torch.arange(len(bounds)).repeat_interleave(lengths).to(device)
+
+    def attends(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (sample_N[query] == sample_N[key])
+
+    return create_block_mask(attends, None, None, rows, rows, device=device)
 
 
 class _PrefixAndChain(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q_QNP: Tensor, k_QNP: Tensor, v_QNP: Tensor, bounds: Bounds, *chain: Tensor) -> Tensor:
-        scale = q_QNP.shape[-1] ** -0.5
-        out_QNP, lse_QN = torch.empty_like(q_QNP), q_QNP.new_empty(q_QNP.shape[:2], dtype=_accumulated(q_QNP))
+    def forward(ctx: Any, q_GRNP: Tensor, k_GNP: Tensor, v_GNP: Tensor, bounds: Bounds, *chain: Tensor) -> Tensor:
+        scale = q_GRNP.shape[-1] ** -0.5
+        out_GRNP = torch.empty_like(q_GRNP)
+        lse_GRN = q_GRNP.new_empty(q_GRNP.shape[:3], dtype=_accumulated(q_GRNP))
         for rows in (slice(*b) for b in bounds):
-            out, lse = _prefix_forward(q_QNP[:, rows], k_QNP[:, rows], v_QNP[:, rows], scale)
-            out_QNP[:, rows], lse_QN[:, rows] = out, lse
+            given = _expanded(q_GRNP[:, :, rows], k_GNP[:, rows], v_GNP[:, rows])
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*given, 0.0, True, scale=scale)
+            out_GRNP[:, :, rows], lse_GRN[:, :, rows] = out, lse
         if chain:
-            own_KQN = torch.stack([_own_scores(q_QNP, k, scale) for k in chain[::2]])
-            all_lse_QN = torch.logaddexp(lse_QN, own_KQN.logsumexp(0))
-            out_QNP = out_QNP * (lse_QN - all_lse_QN).exp()[..., None].to(out_QNP.dtype)
-            for own_QN, value_QNP in zip(own_KQN, chain[1::2], strict=True):
-                out_QNP += (own_QN - all_lse_QN).exp()[..., None].to(out_QNP.dtype) * value_QNP
-            lse_QN = all_lse_QN
+            own_KGRN = torch.stack([_own_scores(q_GRNP, k, scale) for k in chain[::2]])
+            all_lse_GRN = torch.logaddexp(lse_GRN, own_KGRN.logsumexp(0))
+            out_GRNP *= (lse_GRN - all_lse_GRN).exp_()[..., None]
+            for own_GRN, value_GNP in zip(own_KGRN, chain[1::2], strict=True):
+                out_GRNP.addcmul_((own_GRN - all_lse_GRN).exp_()[..., None].to(out_GRNP.dtype), value_GNP[:, None])
+            lse_GRN = all_lse_GRN
         ctx.bounds = bounds
-        ctx.save_for_backward(q_QNP, k_QNP, v_QNP, out_QNP, lse_QN, *chain)
-        return out_QNP
+        ctx.save_for_backward(q_GRNP, k_GNP, v_GNP, out_GRNP, lse_GRN, *chain)
+        return out_GRNP
 
     @staticmethod
-    def backward(ctx, grad_QNP: Tensor) -> tuple[Tensor | None, ...]:
-        q_QNP, k_QNP, v_QNP, out_QNP, lse_QN, *chain = ctx.saved_tensors
-        scale = q_QNP.shape[-1] ** -0.5
-        dq_QNP, dk_QNP, dv_QNP = (torch.empty_like(t) for t in (q_QNP, k_QNP, v_QNP))
+    def backward(ctx: Any, grad_GRNP: Tensor) -> tuple[Tensor | None, ...]:
+        q_GRNP, k_GNP, v_GNP, out_GRNP, lse_GRN, *chain = ctx.saved_tensors
+        scale = q_GRNP.shape[-1] ** -0.5
+        dq_GRNP, dk_GNP, dv_GNP = (torch.empty_like(t) for t in (q_GRNP, k_GNP, v_GNP))
         for rows in (slice(*b) for b in ctx.bounds):
-            given = (t[:, rows] for t in (grad_QNP, q_QNP, k_QNP, v_QNP, out_QNP, lse_QN))
-            dq_QNP[:, rows], dk_QNP[:, rows], dv_QNP[:, rows] = _prefix_backward(*given, scale)
+            q, k, v = _expanded(q_GRNP[:, :, rows], k_GNP[:, rows], v_GNP[:, rows])
+            given = (grad_GRNP[:, :, rows], q, k, v, out_GRNP[:, :, rows], lse_GRN[:, :, rows])
+            dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                *given, 0.0, True, scale=scale
+            )
+            dq_GRNP[:, :, rows], dk_GNP[:, rows], dv_GNP[:, rows] = dq, dk.sum(1), dv.sum(1)
         chain_grads: list[Tensor] = []
         if chain:
-            mean_QN = (grad_QNP * out_QNP).sum(-1, dtype=lse_QN.dtype)
-        for key_QNP, value_QNP in zip(chain[::2], chain[1::2], strict=True):
-            prob_QN = (_own_scores(q_QNP, key_QNP, scale) - lse_QN).exp()
-            dscore_QN = prob_QN * ((grad_QNP * value_QNP).sum(-1, dtype=lse_QN.dtype) - mean_QN) * scale
-            dscore_QN1 = dscore_QN[..., None].to(q_QNP.dtype)
-            dq_QNP += dscore_QN1 * key_QNP
-            chain_grads += [dscore_QN1 * q_QNP, prob_QN[..., None].to(q_QNP.dtype) * grad_QNP]
-        return dq_QNP, dk_QNP, dv_QNP, None, *chain_grads
+            mean_GRN = _dot(grad_GRNP, out_GRNP)
+        for key_GNP, value_GNP in zip(chain[::2], chain[1::2], strict=True):
+            prob_GRN = (_own_scores(q_GRNP, key_GNP, scale) - lse_GRN).exp_()
+            gain_GRN = _dot(grad_GRNP, value_GNP[:, None]) - mean_GRN
+            dscore_GRN1 = (prob_GRN * gain_GRN * scale)[..., None].to(q_GRNP.dtype)
+            dq_GRNP.addcmul_(dscore_GRN1, key_GNP[:, None])
+            prob_GRN1 = prob_GRN[..., None].to(q_GRNP.dtype)
+            chain_grads += [(dscore_GRN1 * q_GRNP).sum(1), (prob_GRN1 * grad_GRNP).sum(1)]
+        return dq_GRNP, dk_GNP, dv_GNP, None, *chain_grads
 
 
-def _own_scores(q_QNP: Tensor, k_QNP: Tensor, scale: float) -> Tensor:
-    return (q_QNP * k_QNP).sum(-1, dtype=_accumulated(q_QNP)) * scale
+def _expanded(q_GRTP: Tensor, k_GTP: Tensor, v_GTP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value as [batch, head, row, size]: a key head is a batch, so nothing is copied for its queries."""
+    return q_GRTP, k_GTP[:, None].expand(q_GRTP.shape), v_GTP[:, None].expand(q_GRTP.shape)
+
+
+def _own_scores(q_GRNP: Tensor, k_GNP: Tensor, scale: float) -> Tensor:
+    return _dot(q_GRNP, k_GNP[:, None]) * scale
+
+
+def _dot(a_GRNP: Tensor, b_GRNP: Tensor) -> Tensor:
+    return (a_GRNP * b_GRNP).sum(-1, dtype=_accumulated(a_GRNP))
 
 
 def _accumulated(t: Tensor) -> torch.dtype:
     return torch.promote_types(t.dtype, torch.float32)
-
-
-def _prefix_forward(q_QTP: Tensor, k_QTP: Tensor, v_QTP: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Causal attention within one sample, and its log-sum-exp [Q, T]."""
-    if _has_flash(q_QTP):
-        given = (t[None] for t in (q_QTP, k_QTP, v_QTP))
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*given, 0.0, True, scale=scale)
-        return out[0], lse[0]
-    scores_QTT = _causal_scores(q_QTP, k_QTP, scale)
-    lse_QT = scores_QTT.logsumexp(-1)
-    return (scores_QTT - lse_QT[..., None]).exp().to(v_QTP.dtype) @ v_QTP, lse_QT
-
-
-def _prefix_backward(
-    grad_QTP: Tensor, q_QTP: Tensor, k_QTP: Tensor, v_QTP: Tensor, out_QTP: Tensor, lse_QT: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value; ``out`` and ``lse`` may be those of a softmax over more than the prefix."""
-    if _has_flash(q_QTP):
-        given = (t[None] for t in (grad_QTP, q_QTP, k_QTP, v_QTP, out_QTP, lse_QT))
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(*given, 0.0, True, scale=scale)
-        return tuple(g[0] for g in grads)
-    prob_QTT = (_causal_scores(q_QTP, k_QTP, scale) - lse_QT[..., None]).exp()
-    mean_QT1 = (grad_QTP * out_QTP).sum(-1, keepdim=True, dtype=lse_QT.dtype)
-    dscore_QTT = (prob_QTT * ((grad_QTP @ v_QTP.mT) - mean_QT1) * scale).to(q_QTP.dtype)
-    return dscore_QTT @ k_QTP, dscore_QTT.mT @ q_QTP, prob_QTT.to(grad_QTP.dtype).mT @ grad_QTP
-
-
-def _has_flash(q: Tensor) -> bool:
-    return q.device.type == "cpu"
-
-
-def _causal_scores(q_QTP: Tensor, k_QTP: Tensor, scale: float) -> Tensor:
-    future_TT = torch.ones(q_QTP.shape[1], k_QTP.shape[1], dtype=torch.bool, device=q_QTP.device).triu(1)
-    return ((q_QTP @ k_QTP.mT).to(_accumulated(q_QTP)) * scale).masked_fill(future_TT, float("-inf"))

@@ -6,6 +6,7 @@ import zmq
 
 from sglang_specforge.contracts import spans
 from sglang_specforge.contracts.control import TokenLedger
+from sglang_specforge.sockets import lock_endpoint
 from trainer.assemble import Assembler
 from trainer.sample import Sample
 
@@ -16,11 +17,16 @@ _QUEUED_MESSAGES = 64
 
 
 class Inbox:
-    """Binds the endpoint that exporters connect to. ``ledger.streams`` tells what was received of each exporter."""
+    """Binds the endpoint that exporters connect to. ``ledger.streams`` tells what was received of each exporter.
+
+    Raises:
+        EndpointTaken: another process has bound it.
+    """
 
     def __init__(self, endpoint: str, assembler: Assembler, ledger: TokenLedger) -> None:
         self.malformed = 0
         self._assembler, self._ledger = assembler, ledger
+        self._lock = lock_endpoint(endpoint)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.PULL)
         self._socket.setsockopt(zmq.RCVHWM, _QUEUED_MESSAGES)
@@ -38,6 +44,7 @@ class Inbox:
     def close(self) -> None:
         self._socket.close(linger=0)
         self._context.term()
+        self._lock.close()
 
     def _take(self, frames: list[zmq.Frame]) -> list[Sample]:
         try:

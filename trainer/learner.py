@@ -1,88 +1,134 @@
-"""The draft being trained: one step, evaluation, and its weights as they are published.
+"""The draft being trained: one step, and its weights as they are published.
 
-Parameters are float32 under FSDP2; compute runs in the run's training dtype.
+Parameters are float32 under FSDP2; compute runs in the job's training dtype. Shapes: K steps of the training-time test.
 """
 
+import pkgutil
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from sglang_specforge.checkpoint import load_checked, load_config
-from sglang_specforge.settings import Run
+from sglang_specforge.drafts import kind_of
 from sglang_specforge.target import load_embedding_and_head
-from trainer.draft import Eagle3Draft
-from trainer.loss import FrozenTarget, Unrolled, unroll
-from trainer.sample import Sample, pack
+from sglang_specforge.training_settings import Job
+from trainer.draft import Draft
+from trainer.evaluate import Simulated, Way, simulate
+from trainer.loss import FrozenTarget, Goal, unroll
+from trainer.objectives import LkLambda
+from trainer.optimizer import make_optimizers, set_learning_rates
+from trainer.sample import Sample, count_rows, pack
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One optimizer step, over all processes."""
+
+    step: int  # steps taken so far, this one included
+    loss: float
+    grad_norm: float
+    accuracy_K: list[float]  # of each step, the share of rows whose top choice is the target's
+    tokens: int
 
 
 class Learner:
-    """Starts from the draft that the server started with."""
+    """Starts from the draft that the server started with. All processes call each method together."""
 
-    def __init__(self, run: Run, device: torch.device) -> None:
-        self.step, self._run, self._device = 0, run, device
-        settings, dtype = run.settings, getattr(torch, run.training_dtype)
-        self.config = load_config(run.version_path(0))
-        self.draft = load_draft(run, run.version_path(0)).to(device)
-        self.target = load_target(run, dtype, device)
-        mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    def __init__(self, job: Job, device: torch.device) -> None:
+        self._job, self._settings, self._device = job, job.settings, device
+        self.step = 0
+        self.acceptance_K = [0.0] * job.settings.ttt_steps  # mean acceptance rates, for lk_lambda
+        dtype = getattr(torch, job.training_dtype)
+        self.config = load_config(job.version_path(0))
+        self.draft = load_draft(job, job.version_path(0)).to(device)
+        self.target = load_target(job, dtype, device)
+        self.draft.checkpoints_activations = self._settings.activation_checkpointing
+        if self._settings.compile:
+            self.draft.compile_layers()
         fully_shard(
-            self.draft, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+            self.draft,
+            mesh=init_device_mesh(device.type, (dist.get_world_size(),)),
+            mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+            offload_policy=CPUOffloadPolicy() if self._settings.cpu_offload else OffloadPolicy(),
         )
-        self.optimizer = torch.optim.AdamW(
-            self.draft.parameters(), lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=settings.weight_decay
-        )
+        self.optimizers = make_optimizers(self.draft, self._settings)
 
-    def train(self, samples: list[Sample]) -> float:
-        """One optimizer step; returns the loss. A step whose gradient is not finite changes nothing."""
-        settings = self._run.settings
-        for group in self.optimizer.param_groups:
-            group["lr"] = settings.learning_rate * min(1.0, (self.step + 1) / max(1, settings.warmup_steps))
-        loss = self._unroll(samples, settings.ttt_steps).loss
-        loss.backward()
+    def train(self, passes: list[list[Sample]]) -> Trained:
+        """One optimizer step on this process's passes; the others make as many.
+
+        A step whose gradient is not finite changes nothing. Where a pass is empty, the process takes part in it
+        without a row that counts.
+        """
+        settings = self._settings
+        samples = [sample for samples in passes for sample in samples]
+        rows = count_rows(samples, settings.ttt_steps, settings.loss_on == "generated")
+        *rows_K, tokens = self._summed([*rows, sum(map(len, samples))])
+        goal = Goal.of(settings, rows_K, self.acceptance_K)
+        set_learning_rates(self.optimizers, settings, self.step)
+        loss, correct_K = 0.0, [0.0] * settings.ttt_steps
+        for i, own in enumerate(passes):
+            self.draft.set_requires_gradient_sync(i == len(passes) - 1)
+            found = unroll(self.draft, self.target, pack(own or [self._idle_sample()], self._device), goal)
+            # The loss is a mean over all processes' rows already; FSDP takes the mean over processes once more.
+            (found.loss * dist.get_world_size()).backward()
+            loss += found.loss.item()
+            correct_K = [c + k for c, k in zip(correct_K, found.correct_K.tolist(), strict=True)]
         norm = nn.utils.clip_grad_norm_(self.draft.parameters(), settings.grad_clip).full_tensor()
-        if norm.isfinite():
-            self.optimizer.step()
-        self.optimizer.zero_grad()
+        for optimizer in self.optimizers:
+            if norm.isfinite():
+                optimizer.step()
+            optimizer.zero_grad()
         self.step += 1
-        return loss.item()
+        rates_K = [float(o.rate_sum) if isinstance(o, LkLambda) else 0.0 for o in goal.objectives_K]
+        loss, *sums = self._summed([loss, *correct_K, *rates_K])
+        shares = [s / max(1, rows) for s, rows in zip(sums, 2 * rows_K, strict=True)]
+        accuracy_K, self.acceptance_K = shares[: settings.ttt_steps], shares[settings.ttt_steps :]
+        return Trained(self.step, loss, norm.item(), accuracy_K, int(tokens))
 
-    @torch.no_grad()
-    def acceptance_length(self, samples: list[Sample]) -> float | None:
-        """Tokens a greedy chain of the served length would commit per verification, bonus included."""
-        steps, committed, rows = self._run.draft_steps, 0, 0
-        for sample in samples:
-            c, r = self._unroll([sample], steps).acceptance_length(steps)
-            committed, rows = committed + c, rows + r
-        return committed / rows if rows else None
+    def simulate(self, passes: list[list[Sample]], steps: int, way: Way = "greedy") -> Simulated:
+        """Acceptance by simulation on this process's samples and all others'."""
+        found = [simulate(self.draft, self.target, own or [self._idle_sample()], steps, way) for own in passes]
+        sums = [[s.tokens, s.sequences, s.verify_steps, *s.accepted_K] for s in found]
+        columns = zip(*sums, strict=True) if sums else [[0]] * (3 + steps)
+        tokens, sequences, verify_steps, *accepted_K = self._summed([sum(column) for column in columns])
+        return Simulated(int(tokens), int(sequences), verify_steps, accepted_K)
 
     def export(self) -> dict[str, Tensor]:
-        """Whole tensors on the host, in the served dtype, as ``checkpoint.expected_shapes`` names them."""
+        """Whole tensors on the host of the first process, in the served dtype, named as a checkpoint's."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        dtype = getattr(torch, self._run.served_dtype)
+        dtype = getattr(torch, self._job.served_dtype)
         tensors = get_model_state_dict(self.draft, options=options)
         return {n: t.to(dtype).contiguous() if t.is_floating_point() else t for n, t in tensors.items()}
 
-    def _unroll(self, samples: list[Sample], steps: int) -> Unrolled:
-        settings = self._run.settings
-        generated_only = settings.loss_on == "generated"
-        packed = pack(samples, self._device)
-        return unroll(self.draft, self.target, packed, steps, settings.ttt_decay, generated_only)
+    def _summed(self, values: list[float]) -> list[float]:
+        total = torch.tensor(values, dtype=torch.float64, device=self._device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def _idle_sample(self) -> Sample:
+        """One row, which has no teacher."""
+        H = self.target.head_VH.shape[1]
+        return Sample(
+            "", 0, torch.zeros(1, dtype=torch.int64), torch.zeros(1, 3 * H), torch.zeros(1, H),
+            torch.zeros(1, dtype=torch.bool), torch.full((1,), -1),
+        )  # fmt: skip
 
 
-def load_draft(run: Run, folder: Path) -> Eagle3Draft:
+def load_draft(job: Job, folder: Path) -> Draft:
     """A draft with a checkpoint's weights, float32, on the host."""
-    config: dict[str, Any] = load_config(run.version_path(0))
-    draft = Eagle3Draft(config)
-    draft.load_state_dict(load_checked(folder, config, run.target_fingerprint))
+    config = load_config(job.version_path(0))
+    draft = pkgutil.resolve_name(kind_of(config).module)(config)
+    draft.load_state_dict(load_checked(folder, config, job.target_fingerprint))
     return draft
 
 
-def load_target(run: Run, dtype: torch.dtype, device: torch.device) -> FrozenTarget:
+def load_target(job: Job, dtype: torch.dtype, device: torch.device) -> FrozenTarget:
     """The embedding as served (its rounding is part of what the draft reads) and the head in ``dtype``."""
-    embed_VH, head_VH = load_embedding_and_head(Path(run.target_path))
-    return FrozenTarget(embed_VH.to(device, getattr(torch, run.served_dtype)), head_VH.to(device, dtype))
+    embed_VH, head_VH = load_embedding_and_head(Path(job.target_path))
+    return FrozenTarget(embed_VH.to(device, getattr(torch, job.served_dtype)), head_VH.to(device, dtype))

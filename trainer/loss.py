@@ -1,22 +1,26 @@
-"""The EAGLE3 objective: soft cross-entropy against the target at each step of the training-time test.
+"""The loss over all steps of the training-time test, and its gradient.
 
 Row n of step k predicts the target's distribution over token n+2+k, which is what the target's last hidden state at
 its teacher row m = n+1+k gives (EAGLE-3, section 3.2). Logits exist for one chunk of teacher rows at a time, and
-only for rows that count; the gradient is made on the way. Shapes: N rows of the pack, C rows of a chunk, H hidden,
-V target and D draft vocabulary, K steps.
+only for rows that count; the gradient is made on the way. Shapes: N rows of the pack, C rows of a chunk, S of them at
+one step, H hidden, V target and D draft vocabulary, K steps.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.draft import Eagle3Draft
+from sglang_specforge.training_settings import TrainingSettings
+from trainer import objectives
+from trainer.draft import Draft
 from trainer.sample import Pack
 
-_CHUNK_LOGITS = 1 << 21  # logits in memory at a time
+_CHUNK_LOGITS = 1 << 20  # logits in memory at a time
 
 
 @dataclass(frozen=True)
@@ -28,110 +32,164 @@ class FrozenTarget:
 
 
 @dataclass(frozen=True)
+class Goal:
+    """What is minimised: the objective of each step, its weight there, and how rejections count."""
+
+    objectives_K: list[objectives.Objective]
+    weights_K: list[float]
+    generated_only: bool = True
+    rejection_weight: float = 0.0
+    rejection_penalty: float = 0.0
+
+    @classmethod
+    def of(cls, settings: TrainingSettings, rows_K: list[int], acceptance_K: list[float]) -> "Goal":
+        """``rows_K`` is what each step's loss is a mean over; ``acceptance_K`` each step's acceptance rate so far."""
+        if settings.objective == "lk_lambda":
+            chosen = [objectives.LkLambda(math.exp(-settings.lk_decay * rate)) for rate in acceptance_K]
+        else:
+            chosen = [objectives.OBJECTIVES[settings.objective]] * settings.ttt_steps
+        weights_K = [weight / max(1, rows) for weight, rows in zip(settings.step_weights, rows_K, strict=True)]
+        return cls(
+            chosen, weights_K, settings.loss_on == "generated", settings.rejection_weight, settings.rejection_penalty
+        )
+
+
+@dataclass(frozen=True)
 class Unrolled:
-    """One pass over a pack: the loss, and what the draft would have achieved."""
+    """One pass over a pack."""
 
     loss: Tensor
-    correct_KN: Tensor  # bool: the draft's top choice is the target's
-    valid_KN: Tensor  # bool: rows that count at this step
-
-    def acceptance_length(self, steps: int) -> tuple[int, int]:
-        """Tokens committed and rows they were counted over, by a greedy chain of ``steps`` drafts (bonus included)."""
-        chain_N = self.correct_KN[:steps].int().cumprod(0).sum(0)
-        rows_N = self.valid_KN[:steps].all(0)
-        return int((1 + chain_N)[rows_N].sum()), int(rows_N.sum())
+    correct_K: Tensor  # int64: of the rows that count at each step, those whose top choice is the target's
 
 
-def unroll(
-    draft: Eagle3Draft, target: FrozenTarget, pack: Pack, steps: int, decay: float, generated_only: bool
-) -> Unrolled:
-    """Run ``steps`` steps of the training-time test.
+def unroll(draft: Draft, target: FrozenTarget, pack: Pack, goal: Goal) -> Unrolled:
+    """Run the training-time test over a pack.
 
-    The loss of a step is the mean over the rows that count: those with a teacher row and, if ``generated_only``, a
-    predicted token past the prompt. A row whose target token the draft vocabulary lacks adds nothing to it. Steps are
-    weighted by ``decay**k``.
+    Rows that count have a teacher row and, if ``goal.generated_only``, predict a token past the prompt. A row whose
+    target token the draft vocabulary lacks adds nothing to the loss.
     """
     teaches_N = pack.first_row_N < torch.arange(pack.first_row_N.numel(), device=pack.first_row_N.device)
-    if generated_only:
-        teaches_N &= pack.positions_N + 1 >= pack.prompt_N
+    if goal.generated_only:
+        teaches_N &= pack.generated_N
     rows_M = teaches_N.nonzero().flatten()
-    valid_KN = torch.zeros(steps, teaches_N.numel(), dtype=torch.bool, device=teaches_N.device)
-    for k in range(steps):
-        rows_N = rows_M - 1 - k
-        valid_KN[k, rows_N[rows_N >= pack.first_row_N[rows_M]]] = True
-    weights_K = [decay**k / max(1, count) for k, count in enumerate(valid_KN.sum(1).tolist())]
 
-    def objective(hidden_KNH: list[Tensor], head_DH: Tensor) -> tuple[Tensor, Tensor]:
-        teacher = _Teacher(target.head_VH, pack, draft.target_ids_D, draft.t2d)
-        return _ChunkedSoftCrossEntropy.apply(head_DH, teacher, rows_M, weights_K, *hidden_KNH)
+    def objective(hidden_KNH: list[Tensor], head_DH: Tensor) -> tuple[Tensor, ...]:
+        teacher = Teacher(target.head_VH, pack, draft.target_ids_D, draft.t2d)
+        return _ChunkedLoss.apply(head_DH, teacher, rows_M, goal, *hidden_KNH)
 
-    loss, correct_KN = run_draft(draft, target, pack, steps, objective)
-    return Unrolled(loss, correct_KN, valid_KN)
+    return Unrolled(*run_draft(draft, target, pack, len(goal.weights_K), objective))
 
 
-def run_draft(draft: Eagle3Draft, target: FrozenTarget, pack: Pack, steps: int, objective: Any) -> Any:
+def run_draft(draft: Draft, target: FrozenTarget, pack: Pack, steps: int, objective: Any) -> Any:
     """The draft over a pack, from the states and tokens that it would read in the server."""
     embed_NH = F.embedding(pack.tokens_N, target.embed_VH).to(pack.aux_N3H.dtype)
     return draft(embed_NH, pack.aux_N3H, pack.positions_N, pack.bounds, steps, objective)
 
 
-@dataclass(frozen=True)
-class _Teacher:
+class Taught(NamedTuple):
+    """What the target says at some teacher rows."""
+
+    row_C: Tensor  # int64, of the pack
+    teacher_CD: Tensor  # its distribution over the draft vocabulary alone
+    mass_C: Tensor  # that vocabulary's share of the whole distribution
+    best_C: Tensor  # int64: draft id of its top token
+    known_C: Tensor  # bool: there is such a draft id
+    rejected_C: Tensor  # int64: draft id of the token that it refused when it was served
+    refused_C: Tensor  # bool: there was one
+
+    def at(self, index_S: Tensor) -> "Taught":
+        """Some of the rows; ``index_S`` is ascending."""
+        return self if index_S.numel() == self.row_C.numel() else Taught(*(t[index_S] for t in self))
+
+
+class Teacher:
     """The target's choice, made from its last hidden states."""
 
-    head_VH: Tensor
-    pack: Pack
-    ids_D: Tensor
-    t2d_V: Tensor
+    def __init__(self, head_VH: Tensor, pack: Pack, ids_D: Tensor, t2d_V: Tensor) -> None:
+        self.pack = pack
+        self._head_VH, self._ids_D, self._t2d_V = head_VH, ids_D, t2d_V
+        self._draft_id_V = t2d_V.cumsum(0) - 1  # draft ids follow the order of the target's
 
-    def __call__(self, row_C: Tensor) -> tuple[Tensor, Tensor]:
-        """Distribution over the draft vocabulary, float32 or wider [C, D], and top token [C]."""
-        logits_CV = F.linear(self.pack.last_NH[row_C].to(self.head_VH.dtype), self.head_VH)
+    def in_chunks(self, row_M: Tensor) -> Iterator[Taught]:
+        """The teacher rows, so many at a time that their logits stay small."""
+        for row_C in row_M.split(max(1, _CHUNK_LOGITS // self._head_VH.shape[0])):
+            yield self._taught(row_C)
+
+    def draft_ids(self, token_C: Tensor) -> tuple[Tensor, Tensor]:
+        """Draft ids of tokens, and which of them the draft vocabulary has; -1 is no token."""
+        known_C = (token_C >= 0) & self._t2d_V[token_C]
+        return self._draft_id_V[token_C].where(known_C, 0), known_C
+
+    def _taught(self, row_C: Tensor) -> Taught:
+        logits_CV = F.linear(self.pack.last_NH[row_C].to(self._head_VH.dtype), self._head_VH)
         logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
-        known_CD = logits_CV if self.ids_D.numel() == self.t2d_V.numel() else logits_CV[:, self.ids_D]
-        return known_CD.softmax(-1), logits_CV.argmax(-1)
+        best = self.draft_ids(logits_CV.argmax(-1))
+        rejected = self.draft_ids(self.pack.rejected_N[row_C])
+        if self._ids_D.numel() == self._t2d_V.numel():
+            return Taught(row_C, logits_CV.softmax(-1), torch.ones_like(logits_CV[:, 0]), *best, *rejected)
+        known_CD = logits_CV[:, self._ids_D]
+        mass_C = (known_CD.logsumexp(-1) - logits_CV.logsumexp(-1)).exp()
+        return Taught(row_C, known_CD.softmax(-1), mass_C, *best, *rejected)
 
 
-class _ChunkedSoftCrossEntropy(torch.autograd.Function):
-    """Weighted loss of all steps, and which top choices are right; gradients are ready when the forward pass ends."""
+class _ChunkedLoss(torch.autograd.Function):
+    """Weighted loss of all steps; gradients are ready when the forward pass ends."""
 
     @staticmethod
     def forward(
-        ctx: Any, head_DH: Tensor, teacher: _Teacher, row_M: Tensor, weights_K: list[float], *hidden_KNH: Tensor
+        ctx: Any, head_DH: Tensor, teacher: Teacher, row_M: Tensor, goal: Goal, *hidden_KNH: Tensor
     ) -> tuple[Tensor, Tensor]:
         wide = torch.promote_types(head_DH.dtype, torch.float32)
         loss = head_DH.new_zeros((), dtype=wide)
-        correct_KN = head_DH.new_zeros((len(hidden_KNH), hidden_KNH[0].shape[0]), dtype=torch.bool)
-        learns = any(ctx.needs_input_grad)
-        grad_head_DH = torch.zeros_like(head_DH, dtype=wide) if learns else None
-        grads_KNH = [torch.zeros_like(h) if learns else None for h in hidden_KNH]
-        for m_C in row_M.split(max(1, _CHUNK_LOGITS // head_DH.shape[0])):
-            teacher_CD, best_C = teacher(m_C)
-            known_C = teacher.t2d_V[best_C]
-            for k, (hidden_NH, weight) in enumerate(zip(hidden_KNH, weights_K, strict=True)):
-                # All of the chunk, but for the first rows of a sample: they are too early to teach step k.
-                (some_C,) = (m_C - 1 - k >= teacher.pack.first_row_N[m_C]).nonzero(as_tuple=True)
-                whole = some_C.numel() == m_C.numel()
-                n_C, teacher_SD = m_C[some_C] - 1 - k, teacher_CD if whole else teacher_CD[some_C]
-                hidden_SH = hidden_NH[n_C]
+        correct_K = torch.zeros(len(hidden_KNH), dtype=torch.int64, device=head_DH.device)
+        grad_head_DH = torch.zeros_like(head_DH, dtype=wide)
+        grads_KNH = [torch.zeros_like(h) for h in hidden_KNH]
+        for chunk in teacher.in_chunks(row_M):
+            early_C = chunk.row_C - teacher.pack.first_row_N[chunk.row_C]
+            for k, hidden_NH in enumerate(hidden_KNH):
+                # The first rows of a sample are too early to teach step k.
+                taught = chunk.at((early_C > k).nonzero().flatten())
+                n_S = taught.row_C - 1 - k
+                hidden_SH = hidden_NH[n_S]
                 logits_SD = F.linear(hidden_SH, head_DH).to(wide)
-                correct_KN[k, n_C] = teacher.ids_D[logits_SD.argmax(-1)] == best_C[some_C]
-                weight_S = known_C[some_C].to(wide) * weight
-                top_S1 = logits_SD.amax(-1, keepdim=True)
-                exp_SD = (logits_SD - top_S1).exp_()
-                sum_S1 = exp_SD.sum(-1, keepdim=True)
-                lse_S = (sum_S1.log() + top_S1)[:, 0]
-                loss += ((lse_S - torch.linalg.vecdot(teacher_SD, logits_SD)) * weight_S).sum()
-                if learns:
-                    grad_SD = exp_SD.div_(sum_S1).sub_(teacher_SD).mul_(weight_S[:, None]).to(head_DH.dtype)
-                    grads_KNH[k][n_C] = grad_SD @ head_DH
-                    grad_head_DH += grad_SD.mT @ hidden_SH
-        if learns:
-            ctx.save_for_backward(grad_head_DH.to(head_DH.dtype), *grads_KNH)
-        ctx.mark_non_differentiable(correct_KN)
-        return loss, correct_KN
+                loss_S, grad_SD, correct_S = _loss_of_rows(logits_SD, taught, goal, k)
+                weight_S = (taught.known_C * (1 + goal.rejection_weight * taught.refused_C) * goal.weights_K[k]).to(
+                    wide
+                )
+                loss += loss_S @ weight_S
+                correct_K[k] += correct_S.sum()
+                # The weights go onto the smaller factors of the two products.
+                grad_SD, weight_S1 = grad_SD.to(head_DH.dtype), weight_S[:, None].to(head_DH.dtype)
+                grads_KNH[k][n_S] = (grad_SD @ head_DH).mul_(weight_S1)
+                _add_product(grad_head_DH, grad_SD.mT, hidden_SH * weight_S1)
+        ctx.save_for_backward(grad_head_DH.to(head_DH.dtype), *grads_KNH)
+        ctx.mark_non_differentiable(correct_K)
+        return loss, correct_K
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         head_DH, *hidden_KNH = ctx.saved_tensors
         return grad * head_DH, None, None, None, *(grad.to(h.dtype) * h for h in hidden_KNH)
+
+
+def _loss_of_rows(logits_SD: Tensor, taught: Taught, goal: Goal, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss [S] and its gradient [S, D] of rows that predict what ``taught`` says; whether the top choice is right."""
+    top_S, choice_S = logits_SD.max(-1)
+    draft_SD = logits_SD.softmax(-1)
+    lse_S = top_S - draft_SD.gather(-1, choice_S[:, None])[:, 0].log()
+    extra = None
+    if goal.rejection_penalty and (refused_R := taught.refused_C.nonzero().flatten()).numel():
+        extra = objectives.rejection_penalty(draft_SD[refused_R], taught.rejected_C[refused_R])
+    rows = objectives.Rows(logits_SD, draft_SD, lse_S, taught.teacher_CD, taught.mass_C, taught.best_C)
+    loss_S, grad_SD = goal.objectives_K[k](rows)
+    if extra is not None:
+        loss_S = loss_S.index_add(0, refused_R, extra[0], alpha=goal.rejection_penalty)
+        grad_SD = grad_SD.index_add_(0, refused_R, extra[1], alpha=goal.rejection_penalty)
+    return loss_S, grad_SD, (choice_S == taught.best_C) & taught.known_C
+
+
+def _add_product(sum_DH: Tensor, a_DS: Tensor, b_SH: Tensor) -> None:
+    if sum_DH.dtype == a_DS.dtype:
+        sum_DH.addmm_(a_DS, b_SH)
+    else:
+        sum_DH += a_DS @ b_SH

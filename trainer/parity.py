@@ -13,7 +13,7 @@ from torch import Tensor
 from sglang_specforge.checkpoint import CheckpointError
 from sglang_specforge.contracts.control import Parity
 from sglang_specforge.settings import Run
-from trainer.draft import Eagle3Draft
+from trainer.draft import Draft
 from trainer.learner import load_draft
 from trainer.loss import FrozenTarget, run_draft
 from trainer.sample import Sample, pack
@@ -30,7 +30,7 @@ class ParityCheck:
         self.parity = parity
         self._run, self._target, self._dtype = run, target, getattr(torch, run.served_dtype)
         self._device = target.embed_VH.device
-        self._loaded: tuple[int, Eagle3Draft] | None = None
+        self._loaded: tuple[int, Draft] | None = None
         self._warned = False
 
     @torch.no_grad()
@@ -59,7 +59,7 @@ class ParityCheck:
                 parity.agreed, parity.compared,
             )  # fmt: skip
 
-    def _draft(self, version: int) -> Eagle3Draft | None:
+    def _draft(self, version: int) -> Draft | None:
         if self._loaded is None or self._loaded[0] != version:
             try:
                 draft = load_draft(self._run, self._run.version_path(version))

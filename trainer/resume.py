@@ -1,30 +1,51 @@
-"""Checkpoints of the training itself, under ``<run_dir>/checkpoints``: weights, optimizer, counters."""
+"""Checkpoints of the training itself, under ``<run_dir>/checkpoints``: weights, optimizers, counters, data position."""
 
 import logging
 import shutil
 from pathlib import Path
 
 import msgspec
+import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from sglang_specforge.contracts.control import Parity, TokenLedger
-from sglang_specforge.settings import Run
+from sglang_specforge.training_settings import Job
 from trainer.learner import Learner
 
 logger = logging.getLogger(__name__)
 
-_KEPT = 2
 
+class OnlinePosition(msgspec.Struct, tag="online", kw_only=True):
+    """The account of a live stream; it belongs to one life of the server, known by its endpoint."""
 
-class Progress(msgspec.Struct, kw_only=True):
-    """What is not a tensor. The ledger belongs to one life of the server, known by its endpoint."""
-
-    step: int
-    target_fingerprint: str
     spans_endpoint: str
     ledger: TokenLedger
     parity: Parity
+
+
+class OfflinePosition(msgspec.Struct, tag="offline", kw_only=True):
+    """The next sample of an epoch's order, and what was found damaged so far."""
+
+    dataset: str  # digest of the samples and of what decides their order
+    epoch: int = 0
+    index: int = 0
+    damaged: list[str] = []
+
+
+Position = OnlinePosition | OfflinePosition
+
+
+class Progress(msgspec.Struct, kw_only=True):
+    """What is not a tensor."""
+
+    step: int
+    target_fingerprint: str
+    acceptance_K: list[float]
+    best_acceptance_length: float | None  # of the versions so far, on held-out samples
+    position: Position
 
 
 class ResumeError(RuntimeError):
@@ -32,32 +53,40 @@ class ResumeError(RuntimeError):
 
 
 class Checkpoints:
-    """Writes and finds them; a checkpoint counts once its folder has its final name."""
+    """Writes and finds them; a checkpoint counts once its folder has its final name. All processes call together."""
 
-    def __init__(self, run: Run) -> None:
-        self._run, self._root = run, run.run_dir / "checkpoints"
+    def __init__(self, job: Job) -> None:
+        self._job, self._root = job, job.run_dir / "checkpoints"
 
-    def save(self, learner: Learner, ledger: TokenLedger, parity: Parity) -> None:
-        model, optimizer = get_state_dict(learner.draft, learner.optimizer)
+    def save(self, learner: Learner, position: Position, best: float | None = None) -> None:
+        model, optimizer = get_state_dict(learner.draft, learner.optimizers)
         folder = self._root / f"{learner.step:09d}"
         part = folder.with_suffix(".part")
-        shutil.rmtree(part, ignore_errors=True)
+        first = dist.get_rank() == 0
+        if first:
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir(parents=True)
+        dist.barrier()
         dcp.save({"model": model, "optimizer": optimizer}, checkpoint_id=part)
-        progress = Progress(
-            step=learner.step,
-            target_fingerprint=self._run.target_fingerprint,
-            spans_endpoint=self._run.spans_endpoint,
-            ledger=ledger,
-            parity=parity,
-        )
-        (part / "progress.json").write_bytes(msgspec.json.encode(progress))
-        shutil.rmtree(folder, ignore_errors=True)
-        part.rename(folder)
-        for old in self._saved()[:-_KEPT]:
-            shutil.rmtree(old, ignore_errors=True)
+        save_file({"cpu": torch.get_rng_state()}, _rng_file(part))
+        dist.barrier()
+        if first:
+            progress = Progress(
+                step=learner.step,
+                target_fingerprint=self._job.target_fingerprint,
+                acceptance_K=learner.acceptance_K,
+                best_acceptance_length=best,
+                position=position,
+            )
+            (part / "progress.json").write_bytes(msgspec.json.encode(progress))
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
+            for old in self._saved()[: -self._job.settings.keep_checkpoints]:
+                shutil.rmtree(old, ignore_errors=True)
+        dist.barrier()
 
     def resume(self, learner: Learner) -> Progress | None:
-        """Put the newest checkpoint into the learner. The ledger goes on only within one life of the server.
+        """Put the newest checkpoint into the learner.
 
         Raises:
             ResumeError: it is of another target, or of a draft of another shape.
@@ -66,27 +95,33 @@ class Checkpoints:
             return None
         folder = saved[-1]
         progress = msgspec.json.decode((folder / "progress.json").read_bytes(), type=Progress)
-        if progress.target_fingerprint != self._run.target_fingerprint:
+        if progress.target_fingerprint != self._job.target_fingerprint:
             raise ResumeError(
-                f"checkpoint {folder} is of target {progress.target_fingerprint}, served is "
-                f"{self._run.target_fingerprint}; give another --draft-training-run-dir"
+                f"checkpoint {folder} is of target {progress.target_fingerprint}, this run's is "
+                f"{self._job.target_fingerprint}; give another run folder"
             )
-        model, optimizer = get_state_dict(learner.draft, learner.optimizer)
+        model, optimizer = get_state_dict(learner.draft, learner.optimizers)
         state = {"model": model, "optimizer": optimizer}
         try:
             dcp.load(state, checkpoint_id=folder)
         except dcp.api.CheckpointException as error:
             raise ResumeError(
-                f"checkpoint {folder} does not fit the served draft; give another --draft-training-run-dir: {error}"
+                f"checkpoint {folder} does not fit the draft and its optimizer; give another run folder: {error}"
             ) from error
         set_state_dict(
-            learner.draft, learner.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+            learner.draft, learner.optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
         )
+        if _rng_file(folder).exists():  # more processes than there were have no state to go on from
+            torch.set_rng_state(load_file(_rng_file(folder))["cpu"])
         learner.step = progress.step
+        if len(progress.acceptance_K) == len(learner.acceptance_K):
+            learner.acceptance_K = progress.acceptance_K
         logger.info("draft training: resumed from step %d", progress.step)
-        if progress.spans_endpoint != self._run.spans_endpoint:
-            progress.ledger, progress.parity = TokenLedger(), Parity()
         return progress
 
     def _saved(self) -> list[Path]:
         return sorted(p for p in self._root.glob("*") if p.name.isdigit())
+
+
+def _rng_file(folder: Path) -> Path:
+    return folder / f"rng_{dist.get_rank()}.safetensors"

@@ -1,9 +1,9 @@
-"""What the trainer learns from: one request's captured states, and batches of them.
+"""What the trainer learns from: one sequence's captured states, and batches of them.
 
 Shapes: T captured tokens of a sample, N rows of a pack, H hidden.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -12,16 +12,17 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
-    """Consecutive positions of one request, from ``start`` on."""
+    """Consecutive positions of one sequence, from ``start`` on."""
 
     rid: str
     start: int
-    prompt_tokens: int  # absolute positions below are the prompt
     tokens_T: Tensor  # int64
     aux_T3H: Tensor
     last_TH: Tensor
-    draft_version: int | None  # the one version that was active for all of it, or None
-    proposals: list[tuple[int, int]]  # position of the input token, token that the worker proposed after it
+    generated_T: Tensor  # bool: the token after this row's is the target's (an assistant's), not a prompt's
+    rejected_T: Tensor  # int64: the token that the live draft proposed there and the target refused, or -1
+    draft_version: int | None = None  # the one version that was active for all of it, or None
+    proposals: list[tuple[int, int]] = field(default_factory=list)  # input token's position, token proposed after it
 
     def __len__(self) -> int:
         return self.tokens_T.numel()
@@ -33,9 +34,10 @@ class Pack(NamedTuple):
     tokens_N: Tensor  # int64
     aux_N3H: Tensor
     last_NH: Tensor
+    generated_N: Tensor  # bool
+    rejected_N: Tensor  # int64
     positions_N: Tensor  # int64, absolute
     first_row_N: Tensor  # int64, of the row's sample
-    prompt_N: Tensor  # int64, prompt tokens of the row's sample
     bounds: list[tuple[int, int]]  # first row of each sample, and the row after its last
 
 
@@ -47,13 +49,19 @@ def pack(samples: list[Sample], device: torch.device) -> Pack:
     def per_row(values: list[int]) -> Tensor:
         return torch.tensor(values).repeat_interleave(torch.tensor(lengths)).to(device)
 
+    def joined(name: str) -> Tensor:
+        return torch.cat([getattr(s, name) for s in samples]).to(device)
+
     first_row_N = per_row([first for first, _ in bounds])
     return Pack(
-        tokens_N=torch.cat([s.tokens_T for s in samples]).to(device),
-        aux_N3H=torch.cat([s.aux_T3H for s in samples]).to(device),
-        last_NH=torch.cat([s.last_TH for s in samples]).to(device),
+        *map(joined, ("tokens_T", "aux_T3H", "last_TH", "generated_T", "rejected_T")),
         positions_N=per_row([s.start for s in samples]) + torch.arange(ends[-1], device=device) - first_row_N,
         first_row_N=first_row_N,
-        prompt_N=per_row([s.prompt_tokens for s in samples]),
         bounds=bounds,
     )
+
+
+def count_rows(samples: list[Sample], steps: int, generated_only: bool) -> list[int]:
+    """Rows that count at each step: those whose teacher row lies in the sample and teaches."""
+    teaches = [s.generated_T if generated_only else torch.ones_like(s.generated_T) for s in samples]
+    return [sum(int(t[1 + k :].sum()) for t in teaches) for k in range(steps)]

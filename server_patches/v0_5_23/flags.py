@@ -12,9 +12,11 @@ from transformers import PretrainedConfig
 from server_patches.targets import IncompatibleSGLang
 from sglang_specforge.checkpoint import FINGERPRINT_KEY, CheckpointError, load_config
 from sglang_specforge.new_draft import import_draft, init_draft
-from sglang_specforge.settings import DraftTrainingSettings, Dtype, Run, SettingsError, load_settings
+from sglang_specforge.settings import DraftTrainingSettings, Run, SettingsError, load_settings
+from sglang_specforge.settings_flags import add_settings_flags, given_settings
 from sglang_specforge.sockets import make_socket_folder
 from sglang_specforge.target import TargetError, fingerprint_target, load_target_config, resolve_target
+from sglang_specforge.training_settings import Dtype
 from sglang_specforge.versions import VersionFolder
 
 _PREFIX = "draft_training_"
@@ -30,25 +32,16 @@ def add_flags(result: None, parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--draft-training-config", type=Path, metavar="FILE", help="TOML or YAML file of the settings below; flags win."
     )
-    for name, field in DraftTrainingSettings.model_fields.items():
-        group.add_argument(
-            f"--{(_PREFIX + name).replace('_', '-')}",
-            metavar=name.rpartition("_")[2].upper(),
-            help=f"{field.description} Default: {field.default}.".replace("%", "%%"),
-        )
+    add_settings_flags(group, DraftTrainingSettings, _PREFIX)
 
 
 def consume_flags(cls: type, args: argparse.Namespace) -> None:
     """BEFORE ``ServerArgs.from_cli_args(args)``: start a run, or change nothing. Exits with 2 on bad settings."""
-    given = {
-        name: value
-        for name in DraftTrainingSettings.model_fields
-        if (value := getattr(args, _PREFIX + name, None)) is not None
-    }
+    given = given_settings(args, DraftTrainingSettings, _PREFIX)
     file = getattr(args, _PREFIX + "config", None)
     try:
         if getattr(args, "enable_draft_training", False):
-            _start_run(args, load_settings(given, file))
+            _start_run(args, load_settings(DraftTrainingSettings, given, file))
         elif given or file:
             flags = ", ".join(f"--{(_PREFIX + n).replace('_', '-')}" for n in ([*given] or ["config"]))
             raise SettingsError(f"{flags} given without --enable-draft-training; add it, or leave them out")

@@ -100,8 +100,13 @@ def _capture_verify(batch: Any, result: Any) -> None:
     aux_N3H = aux_BN3H[:, :R].reshape(B * R, -1)
     last_NH = result.logits_output.last_hidden_states[path_BR.view(-1)]
     tokens_N = drafted_BN.reshape(-1)[path_BR.view(-1)]
-    proposed_B = drafted_BN[:, 1] if drafted_BN.shape[1] > 1 else torch.full_like(drafted_BN[:, 0], -1)
-    meta = VerifyMeta(R, batch.seq_lens, result.accept_lens, proposed_B)
+    nothing_B = torch.full_like(drafted_BN[:, 0], -1)
+    proposed_B = drafted_BN[:, 1] if drafted_BN.shape[1] > 1 else nothing_B
+    # In a chain, the draft after the accepted ones is the refused one; a tree may have refused several.
+    refused_BN = torch.cat([drafted_BN, nothing_B[:, None]], 1) if drafted_BN.shape[1] == R else nothing_B[:, None]
+    last_B1 = result.accept_lens.long()[:, None].clamp(max=refused_BN.shape[1] - 1)
+    facts = (batch.seq_lens, result.accept_lens, proposed_B, refused_BN.gather(1, last_B1)[:, 0])
+    meta = VerifyMeta(R, torch.stack([fact.long() for fact in facts]))
     _capture([_describe(r) for r in batch.reqs], aux_N3H, last_NH, tokens_N, meta)
 
 

@@ -11,7 +11,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-PROTOCOL = 1
+PROTOCOL = 2
 
 
 class Span(msgspec.Struct, array_like=True, frozen=True):
@@ -24,6 +24,7 @@ class Span(msgspec.Struct, array_like=True, frozen=True):
     prompt_tokens: int  # positions below are the prompt
     cached_tokens: int  # positions below came from the prefix cache when the request was first prefilled
     proposed: int = -1  # token that the draft proposed for position start + 1; -1 for prefill
+    rejected: int = -1  # token that the draft proposed for the position after the span, and the target did not take
 
 
 class TensorLayout(msgspec.Struct, array_like=True, frozen=True):

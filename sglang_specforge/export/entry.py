@@ -62,27 +62,21 @@ class Entry:
 
     def _verify_spans(self) -> list[Span]:
         R = self.verify.rows_per_request
-        facts = zip(
-            self.verify.starts_B.tolist(),
-            self.verify.accept_lens_B.tolist(),
-            self.verify.proposed_B.tolist(),
-            strict=True,
-        )
+        facts = zip(*self.verify.facts_4B.tolist(), strict=True)
         return [
-            Span(r.rid, start, length, b * R, r.prompt_tokens, r.cached_tokens, proposed)
-            for b, (r, (start, length, proposed)) in enumerate(zip(self.requests, facts, strict=True))
+            Span(r.rid, start, length, b * R, r.prompt_tokens, r.cached_tokens, proposed, rejected)
+            for b, (r, (start, length, proposed, rejected)) in enumerate(zip(self.requests, facts, strict=True))
             if not r.skipped
         ]
 
 
 @dataclass(frozen=True, slots=True)
 class VerifyMeta:
-    """Host copies of what the verification decided, int64 [B] each."""
+    """What the verification decided. ``facts_4B`` (int64) holds, for each request, the position of its first row, the
+    accepted rows, the token proposed after the first row, and the one refused after the last accepted row (or -1)."""
 
     rows_per_request: int
-    starts_B: Tensor
-    accept_lens_B: Tensor
-    proposed_B: Tensor
+    facts_4B: Tensor
 
 
 class HostCopier:
@@ -130,21 +124,18 @@ class HostCopier:
                 offset += source.nbytes
         entry.tokens_N = _to_host(tokens_N, non_blocking)
         if verify is not None:
-            small = (_to_host(t, non_blocking) for t in (verify.starts_B, verify.accept_lens_B, verify.proposed_B))
-            entry.verify = VerifyMeta(verify.rows_per_request, *small)
+            entry.verify = VerifyMeta(verify.rows_per_request, _to_host(verify.facts_4B, non_blocking))
 
 
 def _tensors(states: dict[str, Tensor], tokens_N: Tensor, verify: VerifyMeta | None) -> list[Tensor]:
-    small = [verify.starts_B, verify.accept_lens_B, verify.proposed_B] if verify else []
-    return [*states.values(), tokens_N, *small]
+    return [*states.values(), tokens_N, *([verify.facts_4B] if verify else [])]
 
 
 def _clone(
     states: dict[str, Tensor], tokens_N: Tensor, verify: VerifyMeta | None
 ) -> tuple[dict[str, Tensor], Tensor, VerifyMeta | None]:
     if verify is not None:
-        small = (t.clone() for t in (verify.starts_B, verify.accept_lens_B, verify.proposed_B))
-        verify = VerifyMeta(verify.rows_per_request, *small)
+        verify = VerifyMeta(verify.rows_per_request, verify.facts_4B.clone())
     return {name: t.clone() for name, t in states.items()}, tokens_N.clone(), verify
 
 

@@ -84,17 +84,17 @@ def test_what_is_captured_arrives_bit_by_bit(endpoint):
 def test_verify_spans_are_the_accepted_paths():
     copier = HostCopier(HostRing(1 << 16, False), torch.device("cpu"))
     requests = [CapturedRequest("a", 4, 0), CapturedRequest("b", 4, 0, skipped=True), CapturedRequest("c", 4, 2)]
-    meta = VerifyMeta(3, torch.tensor([10, 20, 30]), torch.tensor([2, 3, 1]), torch.tensor([7, 8, 9]))
+    meta = VerifyMeta(3, torch.tensor([[10, 20, 30], [2, 3, 1], [7, 8, 9], [5, -1, 6]]))
     entry = copier.copy(requests, 0, states(9), torch.arange(9), meta)
-    assert entry.spans() == [spans.Span("a", 10, 2, 0, 4, 0, 7), spans.Span("c", 30, 1, 6, 4, 2, 9)]
+    assert entry.spans() == [spans.Span("a", 10, 2, 0, 4, 0, 7, 5), spans.Span("c", 30, 1, 6, 4, 2, 9, 6)]
 
 
 def test_without_a_reader_tokens_are_dropped_and_counted(endpoint):
     exporter = Exporter(endpoint, 1024, pinned=False)
     copier = HostCopier(exporter.ring, torch.device("cpu"))
-    exporter.start()
     for _ in range(40):  # five passes of 5 rows fit the ring
         exporter.capture(prefill(copier)[0])
+    exporter.start()
     wait_for(lambda: exporter.counters()["captured"] == 200)
     counters = exporter.counters()
     assert counters["captured"] == counters["sent"] + sum(counters["dropped"].values())
@@ -134,7 +134,7 @@ def test_a_damaged_message_is_refused(damage):
     elif damage == "rows":
         header = spans.encode_header(entry.message("s", 0, [spans.Span("a", 0, 6, 0, 5, 0)])[0])
     elif damage == "protocol":
-        header = header.replace(b"\x01", b"\x63")
+        header = header.replace(bytes([spans.PROTOCOL]), b"\x63")
     else:
         frames.pop()
     with pytest.raises(spans.WireError):

@@ -12,7 +12,7 @@ from tests.tiny import make_run, make_target
 )
 def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path, name, text):
     (tmp_path / name).write_text(text)
-    settings = load_settings({"ttt_steps": "3"}, tmp_path / name)
+    settings = load_settings(DraftTrainingSettings, {"ttt_steps": "3"}, tmp_path / name)
     assert (settings.ttt_steps, settings.learning_rate) == (3, 0.5)
     assert settings.grad_clip == DraftTrainingSettings().grad_clip
 
@@ -30,15 +30,15 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path, name, text
 )
 def test_what_is_not_accepted_is_named(given, message):
     with pytest.raises(SettingsError, match=message):
-        load_settings(given)
+        load_settings(DraftTrainingSettings, given)
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):
     with pytest.raises(SettingsError, match=r"nowhere\.toml"):
-        load_settings({}, tmp_path / "nowhere.toml")
+        load_settings(DraftTrainingSettings, {}, tmp_path / "nowhere.toml")
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(SettingsError, match="expected keys and values"):
-        load_settings({}, tmp_path / "list.yaml")
+        load_settings(DraftTrainingSettings, {}, tmp_path / "list.yaml")
 
 
 def test_a_run_reaches_spawned_processes_whole(tmp_path, monkeypatch):

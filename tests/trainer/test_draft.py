@@ -4,22 +4,23 @@ import pytest
 import torch
 
 from sglang_specforge.checkpoint import load_config
+from sglang_specforge.drafts import expected_shapes
 from tests.tiny import HIDDEN, make_run, make_sample, make_target
-from trainer.draft import _rotate
+from trainer.layers import rotate
 from trainer.learner import load_draft
 
 
 def serve_chain(draft, embed_LH, aux_L3H, row, steps, first_position):
     """Logits of a chain drafted after ``row``: keys of the verified prefix, then the chain's own."""
     layer, attention = draft.midlayer, draft.midlayer.self_attn
-    groups = attention.groups
+    groups = attention.q_proj.out_features // attention.k_proj.out_features
     keys, values, logits = [], [], []
 
     def advance(embed_H, hidden_H, position):
         x = torch.cat([layer.input_layernorm(embed_H), layer.hidden_norm(hidden_H)])
-        cos, sin = draft._rotary[0](x[None, None], torch.tensor([[position]]))
+        cos, sin = draft._rotary(x[None], torch.tensor([position]))
         q, k, v = (p(x).view(1, -1, 1, attention.P) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
-        q, k = _rotate(q[0], cos, sin)[:, 0], _rotate(k[0], cos, sin)[:, 0]
+        q, k = rotate(q[0], cos, sin)[:, 0], rotate(k[0], cos, sin)[:, 0]
         keys.append(k.repeat_interleave(groups, 0))
         values.append(v[0, :, 0].repeat_interleave(groups, 0))
         scores = torch.stack([(q * key).sum(-1) for key in keys], -1) * attention.P**-0.5
@@ -77,6 +78,4 @@ def test_the_layout_is_the_checkpoints(tmp_path):
     run = make_run(tmp_path, make_target(tmp_path / "target"))
     config = load_config(run.version_path(0))
     names = set(load_draft(run, run.version_path(0)).state_dict())
-    from sglang_specforge.checkpoint import expected_shapes
-
     assert names == set(expected_shapes(config))

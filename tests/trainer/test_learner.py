@@ -11,9 +11,10 @@ from sglang_specforge.versions import VersionFolder
 from tests.tiny import make_run, make_sample, make_target
 from trainer.learner import Learner
 from trainer.parity import ParityCheck
-from trainer.resume import Checkpoints, ResumeError
+from trainer.resume import Checkpoints, OfflinePosition, OnlinePosition, ResumeError
 
 CPU = torch.device("cpu")
+POSITION = OfflinePosition(dataset="d")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -33,17 +34,18 @@ def run(tmp_path):
 def test_the_loss_falls_and_acceptance_rises_on_a_sample_seen_again(run):
     # The head's weights are small: large states make a teacher that has something to say.
     learner, samples = Learner(run, CPU), [make_sample(24, last_TH=100 * torch.randn(24, 16))]
-    before = learner.acceptance_length(samples)
-    first = learner.train(samples)
+    before = learner.simulate([samples], 3).length
+    first = learner.train([samples]).loss
     for _ in range(60):
-        last = learner.train(samples)
-    assert last < 0.7 * first
-    assert learner.acceptance_length(samples) > before
+        last = learner.train([samples])
+    assert last.loss < 0.7 * first
+    assert last.step == 61
+    assert learner.simulate([samples], 3).length > before
 
 
 def test_a_published_version_passes_the_servers_checks_and_carries_the_weights(run):
     learner = Learner(run, CPU)
-    learner.train([make_sample(24)])
+    learner.train([[make_sample(24)]])
     version = VersionFolder(run.run_dir).publish(learner.config, learner.export(), keep=3)
     loaded = load_checked(run.version_path(version), learner.config, run.target_fingerprint)
     assert torch.equal(loaded["fc.weight"], learner.draft.fc.weight.full_tensor())
@@ -52,46 +54,40 @@ def test_a_published_version_passes_the_servers_checks_and_carries_the_weights(r
 
 def test_resuming_goes_on_exactly(run):
     ledger, parity = TokenLedger(trained=5, streams={"s": 7}), Parity(compared=3, agreed=3)
+    position = OnlinePosition(spans_endpoint=run.spans_endpoint, ledger=ledger, parity=parity)
     first = Learner(run, CPU)
     for seed in range(3):
-        first.train([make_sample(20, seed=seed)])
-    Checkpoints(run).save(first, ledger, parity)
-    expected = [first.train([make_sample(20, seed=seed)]) for seed in range(3, 6)]
+        first.train([[make_sample(20, seed=seed)]])
+    Checkpoints(run).save(first, position, best=1.5)
+    expected = [first.train([[make_sample(20, seed=seed)]]) for seed in range(3, 6)]
 
     second = Learner(run, CPU)
     progress = Checkpoints(run).resume(second)
     assert second.step == 3
-    assert (progress.ledger, progress.parity) == (ledger, parity)
-    assert [second.train([make_sample(20, seed=seed)]) for seed in range(3, 6)] == expected
-
-
-def test_a_server_started_anew_starts_a_new_account(run):
-    learner = Learner(run, CPU)
-    Checkpoints(run).save(learner, TokenLedger(trained=5), Parity())
-    restarted = run.model_copy(update={"spans_endpoint": "ipc:///elsewhere"})
-    assert Checkpoints(restarted).resume(Learner(restarted, CPU)).ledger == TokenLedger()
+    assert (progress.position, progress.best_acceptance_length) == (position, 1.5)
+    assert [second.train([[make_sample(20, seed=seed)]]) for seed in range(3, 6)] == expected
 
 
 def test_a_checkpoint_of_another_target_is_refused_by_name(run):
-    Checkpoints(run).save(Learner(run, CPU), TokenLedger(), Parity())
+    Checkpoints(run).save(Learner(run, CPU), POSITION)
     other = run.model_copy(update={"target_fingerprint": "0123456789abcdef"})
     with pytest.raises(ResumeError, match="0123456789abcdef"):
         Checkpoints(other).resume(Learner(run, CPU))
 
 
 def test_a_checkpoint_of_another_shape_is_refused_with_what_to_do(run, tmp_path):
-    Checkpoints(run).save(Learner(run, CPU), TokenLedger(), Parity())
+    Checkpoints(run).save(Learner(run, CPU), POSITION)
     (tmp_path / "wide").mkdir()
     wide = make_run(tmp_path / "wide", Path(run.target_path), draft_vocab_size=40)
     wide = wide.model_copy(update={"settings": run.settings})
-    with pytest.raises(ResumeError, match="does not fit the served draft; give another --draft-training-run-dir"):
+    with pytest.raises(ResumeError, match="does not fit the draft and its optimizer; give another run folder"):
         Checkpoints(wide).resume(Learner(wide, CPU))
 
 
 def test_a_step_that_is_not_finite_changes_nothing(run):
     learner = Learner(run, CPU)
     before = learner.draft.fc.weight.full_tensor().clone()
-    learner.train([make_sample(12, aux_T3H=torch.full((12, 48), float("nan")))])
+    learner.train([[make_sample(12, aux_T3H=torch.full((12, 48), float("nan")))]])
     assert torch.equal(learner.draft.fc.weight.full_tensor(), before)
 
 

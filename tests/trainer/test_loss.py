@@ -1,69 +1,112 @@
-"""The loss against a float64 loop over rows and steps."""
+"""The loss and its gradient against a float64 loop over rows and steps, for every objective."""
 
 from dataclasses import replace
 
 import pytest
 import torch
 
+from sglang_specforge.training_settings import TrainingSettings
 from tests.tiny import HIDDEN, VOCAB, make_run, make_sample, make_target
 from trainer import loss
 from trainer.learner import load_draft
-from trainer.loss import FrozenTarget, unroll
-from trainer.sample import pack
+from trainer.loss import FrozenTarget, Goal, unroll
+from trainer.sample import count_rows, pack
+
+STEPS, LK_WEIGHTS = 3, [0.9, 0.5, 0.2]
 
 
-def reference(draft, target, samples, steps, decay, generated_only):
-    """The loss, and for each row that counts at every step the tokens a chain from it would commit."""
+def row_loss(objective, logits, teacher_logits, ids, kl_weight):
+    """One row, written as the papers write it."""
+    p, q = teacher_logits.softmax(-1)[ids], logits.softmax(-1)
+    known = p / p.sum()
+    best = ids.index(int(teacher_logits.argmax()))
+    rate = torch.minimum(p, q).sum()
+    kl = (known * (known.log() - logits.log_softmax(-1))).sum()
+    return {
+        "soft_ce": lambda: -(known * logits.log_softmax(-1)).sum(),
+        "forward_kl": lambda: kl,
+        "hard_ce": lambda: -logits.log_softmax(-1)[best],
+        "tv": lambda: 1 - rate,
+        "lk_alpha": lambda: -rate.log(),
+        "lk_lambda": lambda: kl_weight * kl + (1 - kl_weight) * (1 - rate),
+    }[objective]()
+
+
+def reference(draft, target, samples, settings):
     ids = draft.target_ids_D.tolist()
-    per_step, committed = [[] for _ in range(steps)], []
+    per_step, correct = [[] for _ in range(STEPS)], [0] * STEPS
     for sample in samples:
         T = len(sample)
         logits = draft(
-            target.embed_VH[sample.tokens_T], sample.aux_T3H, sample.start + torch.arange(T), [(0, T)], steps,
+            target.embed_VH[sample.tokens_T], sample.aux_T3H, sample.start + torch.arange(T), [(0, T)], STEPS,
             lambda hidden, head: [h @ head.T for h in hidden],
         )  # fmt: skip
         teacher_logits = sample.last_TH @ target.head_VH.T
         for t in range(T):
-            right, counts = [], []
-            for k in range(steps):
-                row, position = t + 1 + k, sample.start + t + 2 + k
-                counts.append(row < T and not (generated_only and position < sample.prompt_tokens))
-                if counts[-1]:
-                    best = int(teacher_logits[row].argmax())
-                    right.append(best == ids[int(logits[k][t].argmax())])
-                    teacher = teacher_logits[row][ids].softmax(-1)
-                    per_step[k].append(-(teacher * logits[k][t].log_softmax(-1)).sum() * (best in ids))
-            if all(counts):
-                committed.append(1 + (right + [False]).index(False))
-    return sum(decay**k * torch.stack(losses).mean() for k, losses in enumerate(per_step)), committed
+            for k in range(STEPS):
+                m = t + 1 + k
+                if m >= T or (settings.loss_on == "generated" and not sample.generated_T[m]):
+                    continue
+                best, rejected = int(teacher_logits[m].argmax()), int(sample.rejected_T[m])
+                correct[k] += best == ids[int(logits[k][t].argmax())]
+                value = torch.zeros((), dtype=torch.float64)
+                if best in ids:
+                    weight = 1 + settings.rejection_weight * (rejected in ids)
+                    value = row_loss(settings.objective, logits[k][t], teacher_logits[m], ids, LK_WEIGHTS[k])
+                    if rejected in ids:
+                        q = logits[k][t].softmax(-1)[ids.index(rejected)]
+                        value = value - settings.rejection_penalty * (1 - q).log()
+                    value = weight * value
+                per_step[k].append(value)
+    return sum(w * torch.stack(v).mean() for w, v in zip(settings.step_weights, per_step, strict=True)), correct
 
 
-@pytest.mark.parametrize("chunk", [1 << 21, 5 * 32])
-@pytest.mark.parametrize("generated_only", [False, True])
-@pytest.mark.parametrize("draft_vocab", [VOCAB, 32])
-def test_loss_gradient_and_acceptance_match_the_reference(tmp_path, monkeypatch, generated_only, draft_vocab, chunk):
-    monkeypatch.setattr(loss, "_CHUNK_LOGITS", chunk)
+def compare(tmp_path, draft_vocab, **given):
+    settings = TrainingSettings(ttt_steps=STEPS, **given)
     run = make_run(tmp_path, make_target(tmp_path / "target"), draft_vocab_size=draft_vocab)
     draft = load_draft(run, run.version_path(0)).double()
     torch.manual_seed(1)
     target = FrozenTarget(torch.randn(VOCAB, HIDDEN).double(), torch.randn(VOCAB, HIDDEN).double())
-    samples = [
-        make_sample(tokens, prompt, seed=tokens, start=start) for tokens, prompt, start in [(12, 5, 0), (7, 9, 3)]
-    ]
-    samples = [replace(s, aux_T3H=s.aux_T3H.double(), last_TH=s.last_TH.double()) for s in samples]
-    steps = 3
-
-    result = unroll(draft, target, pack(samples, torch.device("cpu")), steps, 0.8, generated_only)
+    samples = []
+    for tokens, prompt, start in [(12, 5, 0), (7, 9, 3)]:
+        sample = make_sample(tokens, prompt, seed=tokens, start=start)
+        rejected_T = torch.randint(VOCAB, (tokens,)).where(torch.rand(tokens) < 0.5, -1)
+        samples.append(
+            replace(sample, aux_T3H=sample.aux_T3H.double(), last_TH=sample.last_TH.double(), rejected_T=rejected_T)
+        )
+    rows_K = count_rows(samples, STEPS, settings.loss_on == "generated")
+    # exp(-decay * rate) = LK_WEIGHTS
+    rates_K = [-float(torch.tensor(w).log()) / settings.lk_decay for w in LK_WEIGHTS]
+    result = unroll(draft, target, pack(samples, torch.device("cpu")), Goal.of(settings, rows_K, rates_K))
     result.loss.backward()
     found = [p.grad.clone() for p in draft.parameters()]
     draft.zero_grad()
-    wanted, committed = reference(draft, target, samples, steps, 0.8, generated_only)
+    wanted, correct = reference(draft, target, samples, settings)
     wanted.backward()
-
     torch.testing.assert_close(result.loss.double(), wanted, atol=1e-6, rtol=1e-6)
     for grad, parameter in zip(found, draft.parameters(), strict=True):
         torch.testing.assert_close(grad, parameter.grad, atol=1e-6, rtol=1e-5)
-    assert result.acceptance_length(steps) == (sum(committed), len(committed))
+    assert result.correct_K.tolist() == correct
+
+
+@pytest.mark.parametrize("draft_vocab", [VOCAB, 32])
+@pytest.mark.parametrize("objective", ["soft_ce", "forward_kl", "hard_ce", "tv", "lk_alpha", "lk_lambda"])
+def test_each_objective_and_its_gradient(tmp_path, objective, draft_vocab):
+    compare(tmp_path, draft_vocab, objective=objective)
+
+
+@pytest.mark.parametrize("objective", ["soft_ce", "lk_alpha"])
+def test_rejections_weigh_and_are_pushed_down(tmp_path, objective):
+    compare(tmp_path, 32, objective=objective, rejection_weight=0.7, rejection_penalty=0.3)
+
+
+def test_weights_of_steps_and_prompts_too(tmp_path):
+    compare(tmp_path, 32, ttt_weights="1,0.25,0.5", loss_on="all")
+
+
+def test_chunks_change_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(loss, "_CHUNK_LOGITS", 5 * VOCAB)
+    compare(tmp_path, 32, objective="soft_ce", rejection_penalty=0.3)
 
 
 def test_a_batch_without_a_row_to_learn_from_has_a_finite_loss(tmp_path):
@@ -71,7 +114,7 @@ def test_a_batch_without_a_row_to_learn_from_has_a_finite_loss(tmp_path):
     draft = load_draft(run, run.version_path(0))
     target = FrozenTarget(torch.randn(VOCAB, HIDDEN), torch.randn(VOCAB, HIDDEN))
     batch = pack([make_sample(5, prompt_tokens=50)], torch.device("cpu"))
-    result = unroll(draft, target, batch, 3, 0.8, generated_only=True)
+    result = unroll(draft, target, batch, Goal.of(TrainingSettings(ttt_steps=3), [0, 0, 0], [0.0] * 3))
     result.loss.backward()
     assert result.loss == 0
     assert draft.fc.weight.grad.abs().sum() == 0

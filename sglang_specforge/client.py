@@ -1,0 +1,34 @@
+"""What commands share: where the server is, asking it, and ending with an error."""
+
+from typing import Annotated, Any, NoReturn
+
+import httpx
+import typer
+from rich.console import Console
+
+Url = Annotated[str, typer.Option(help="Address of the server.")]
+ApiKey = Annotated[str | None, typer.Option(envvar="SGLANG_API_KEY", help="The server's --api-key.")]
+DEFAULT_URL = "http://127.0.0.1:30000"
+
+errors = Console(stderr=True)
+
+
+def ask(method: str, url: str, path: str, api_key: str | None, **kwargs: Any) -> httpx.Response:
+    """The server's answer; anything but success or 422 ends the command with what to do about it."""
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        answer = httpx.request(method, url + path, headers=headers, trust_env=False, **kwargs)
+    except httpx.HTTPError as error:
+        fail(f"{url} does not answer ({error}); is the server up, and is --url right?")
+    if answer.status_code == 404:
+        fail(f"the server at {url} runs without --enable-draft-training")
+    if answer.status_code in (401, 403):
+        fail(f"the server at {url} wants its key; give --api-key or set SGLANG_API_KEY")
+    if answer.is_error and answer.status_code != 422:
+        fail(f"{url}{path} answered {answer.status_code}: {answer.text[:300]}")
+    return answer
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    errors.print(f"error: {message}", style="red", highlight=False, soft_wrap=True)
+    raise typer.Exit(code)

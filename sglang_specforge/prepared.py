@@ -1,0 +1,57 @@
+"""Prepared data: one row a sequence, its token ids and which of them are an assistant's. A Parquet file."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("input_ids", pa.list_(pa.int32())),
+        ("loss_mask", pa.list_(pa.bool_())),
+    ]
+)
+_ROWS = 256
+
+
+class PreparedError(ValueError):
+    """A file is not what ``prepare-data`` writes; the message names it."""
+
+
+class Prepared(NamedTuple):
+    """One sequence. ``id`` is a digest of the rest, so equal sequences have equal ids."""
+
+    id: str
+    input_ids: list[int]
+    loss_mask: list[bool]
+
+    @classmethod
+    def of(cls, input_ids: list[int], loss_mask: list[bool]) -> "Prepared":
+        digest = hashlib.sha256(np.asarray(input_ids, np.int32).tobytes())
+        digest.update(np.packbits(np.asarray(loss_mask, bool)).tobytes())
+        return cls(digest.hexdigest(), input_ids, loss_mask)
+
+
+class PreparedFile:
+    """Reads a file a batch of rows at a time. Raises PreparedError."""
+
+    def __init__(self, file: Path) -> None:
+        try:
+            self._file = pq.ParquetFile(file)
+        except (OSError, pa.ArrowException) as error:
+            raise PreparedError(f"{file} is no Parquet file of prepare-data's: {error}") from error
+        missing = set(SCHEMA.names) - set(self._file.schema_arrow.names)
+        if missing:
+            raise PreparedError(f"{file} has no column {', '.join(sorted(missing))}; make it with prepare-data")
+
+    def __len__(self) -> int:
+        return self._file.metadata.num_rows
+
+    def __iter__(self) -> Iterator[Prepared]:
+        for batch in self._file.iter_batches(_ROWS, columns=SCHEMA.names):
+            yield from (Prepared(*row.values()) for row in batch.to_pylist())

@@ -1,0 +1,26 @@
+"""argparse flags made from a settings model: one a field, all text, so that the model itself validates them."""
+
+import argparse
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+
+def add_settings_flags(group: Any, model: type[BaseModel], prefix: str = "") -> None:
+    """``--<prefix><name>`` for each field; ``group`` is an argparse parser or group. A bool may stand alone."""
+    for name, field in model.model_fields.items():
+        default = "required" if field.default is PydanticUndefined else f"default: {field.default}"
+        lone = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
+        group.add_argument(
+            f"--{(prefix + name).replace('_', '-')}",
+            metavar=name.rpartition("_")[2].upper(),
+            help=f"{field.description} ({default})".replace("%", "%%"),
+            **lone,
+        )
+
+
+def given_settings(args: argparse.Namespace, model: type[BaseModel], prefix: str = "") -> dict[str, str]:
+    """Fields whose flag was given, as text."""
+    values = {name: getattr(args, prefix + name, None) for name in model.model_fields}
+    return {name: value for name, value in values.items() if value is not None}

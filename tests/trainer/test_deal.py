@@ -1,0 +1,24 @@
+"""Dealing: everything once, even loads, meeting collectives."""
+
+import random
+
+import pytest
+
+from trainer.deal import deal
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 5])
+@pytest.mark.parametrize("pass_tokens", [None, 300])
+def test_every_sample_is_dealt_once_and_no_rank_idles(ranks, pass_tokens):
+    lengths = [random.Random(i).randint(1, 400) for i in range(60)]
+    hands = deal(lengths, ranks, pass_tokens)
+    assert sorted(i for passes in hands for own in passes for i in own) == list(range(60))
+    assert len({len(passes) for passes in hands}) == 1
+    loads = [sum(lengths[i] for own in passes for i in own) for passes in hands]
+    assert max(loads) - min(loads) <= min(lengths) + 40
+    if pass_tokens:
+        assert all(len(own) == 1 or sum(lengths[i] for i in own) <= 300 for passes in hands for own in passes)
+
+
+def test_a_rank_without_samples_still_takes_part():
+    assert deal([7], 3) == [[[0]], [[]], [[]]]

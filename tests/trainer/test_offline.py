@@ -1,0 +1,194 @@
+"""Stored datasets: what comes back, what is damaged, and training that goes on exactly where it was killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from sglang_specforge.prepared import Prepared
+from sglang_specforge.target import fingerprint_target
+from sglang_specforge.versions import VersionFolder
+from tests.tiny import HIDDEN, VOCAB, make_target
+from trainer.cli import main
+from trainer.offline.layout import DatasetError, Manifest
+from trainer.offline.reader import StoredSamples
+from trainer.offline.writer import DatasetWriter
+
+TRAINING = {
+    "ttt-steps": 3, "batch-tokens": 64, "learning-rate": 1e-2, "warmup-steps": 5, "epochs": 1000, "holdout-every": 8,
+    "draft-vocab-size": 32, "publish-every-steps": 10, "schedule": "cosine",
+}  # fmt: skip
+
+
+def make_states(i):
+    g = torch.Generator().manual_seed(i)
+    T = 8 + i % 13
+    tokens_T, mask_T = torch.randint(0, VOCAB, (T,), generator=g), torch.arange(T) >= 3
+    states = torch.randn(T, 3 * HIDDEN, generator=g), 30 * torch.randn(T, HIDDEN, generator=g)
+    return Prepared.of(tokens_T.tolist(), mask_T.tolist()).id, tokens_T, mask_T, *states
+
+
+def write(folder, target, samples=40, stored="float32", shard_bytes=20_000):
+    manifest = Manifest(
+        target_fingerprint=fingerprint_target(target), target_path=str(target), served_dtype="float32",
+        hidden_size=HIDDEN, stored=stored,
+    )  # fmt: skip
+    writer = DatasetWriter(folder, manifest, shard_bytes)
+    for i in range(samples):
+        states = make_states(i)
+        if states[0] not in writer.stored_ids:
+            writer.add(*states)
+    writer.flush()
+    return writer
+
+
+@pytest.fixture
+def target(tmp_path):
+    return make_target(tmp_path / "target")
+
+
+@pytest.fixture
+def data(tmp_path, target):
+    write(tmp_path / "data", target)
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize(("stored", "error"), [("float32", 0), ("bfloat16", 2**-8), ("float8", 2**-4)])
+def test_states_come_back_as_they_were_stored(tmp_path, target, stored, error):
+    write(tmp_path / "data", target, stored=stored)
+    samples = StoredSamples(tmp_path / "data")
+    assert len(samples.entries) == 40
+    found = {entry.id: samples.load(entry) for entry in samples.entries}
+    for i in range(40):
+        id, tokens_T, mask_T, aux_T3H, last_TH = make_states(i)
+        assert torch.equal(found[id].tokens_T, tokens_T)
+        assert torch.equal(found[id].generated_T, mask_T)
+        for states, wanted in ((found[id].aux_T3H, aux_T3H), (found[id].last_TH, last_TH)):
+            highest = wanted.abs().amax(-1, keepdim=True)
+            assert ((states.float() - wanted).abs() <= error * wanted.abs() + error * highest / 64).all()
+    assert samples.damaged == []
+
+
+def test_what_is_stored_is_not_stored_again_and_files_are_the_owners_alone(data, target):
+    before = sorted(p.name for p in data.rglob("*"))
+    writer = write(data, target)
+    assert len(writer.stored_ids) == 40
+    assert sorted(p.name for p in data.rglob("*")) == before
+    assert len(list((data / "shards").iterdir())) > 3
+    assert {p.stat().st_mode & 0o777 for p in (*data.glob("shards/*"), *data.glob("index/*"))} == {0o600}
+
+
+def test_other_states_are_not_mixed_in(data, target):
+    with pytest.raises(DatasetError, match="stored float32, these have bfloat16"):
+        write(data, target, stored="bfloat16")
+
+
+def test_a_dataset_of_another_target_is_refused_by_name(data):
+    with pytest.raises(DatasetError, match="not of 0123456789abcdef"):
+        StoredSamples(data, "0123456789abcdef")
+
+
+def damage(data, how):
+    shard = sorted((data / "shards").iterdir())[1]
+    content = bytearray(shard.read_bytes())
+    if how == "truncated":
+        content = content[:-100]
+    elif how == "flipped":
+        content[-40] ^= 1
+    else:
+        content = content.replace(b'target_fingerprint":"', b'target_fingerprint":"0')
+        content[:8] = (int.from_bytes(content[:8], "little") + 1).to_bytes(8, "little")
+    shard.write_bytes(content)
+    return shard.stem
+
+
+@pytest.mark.parametrize(
+    ("how", "named"),
+    [("truncated", "shard {}: "), ("flipped", "of shard {}: "), ("foreign", "shard {}: its target_fingerprint")],
+)
+def test_damage_is_named_and_the_rest_is_trained_on(tmp_path, data, capsys, how, named):
+    shard = damage(data, how)
+    main(flags(tmp_path / "run", data, max_steps=12))
+    assert f"left out: {'sample' if how == 'flipped' else 'shard'}" in (said := capsys.readouterr().out)
+    assert named.format(shard) in said
+    assert len(losses(tmp_path / "run")) == 12
+
+
+def flags(run_dir, data, **more):
+    given = {**TRAINING, "data": data, "run-dir": run_dir, **{k.replace("_", "-"): v for k, v in more.items()}}
+    return [str(part) for name, value in given.items() for part in (f"--{name}", value)]
+
+
+def start(*arguments, launcher=()):
+    command = [sys.executable, "-m", *launcher, "trainer", *arguments]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+
+
+def losses(run_dir):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def test_killed_and_resumed_gives_the_losses_of_not_having_stopped(tmp_path, data):
+    main(flags(tmp_path / "straight", data, max_steps=60))
+    first = start(*flags(tmp_path / "killed", data, max_steps=60))
+    while first.poll() is None and len(_lines(tmp_path / "killed")) < 33:
+        os.sched_yield()
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    assert first.returncode == -signal.SIGKILL
+    saved = [int(p.name) for p in (tmp_path / "killed" / "checkpoints").iterdir() if p.name.isdigit()]
+    resumed = start(*flags(tmp_path / "killed", data, max_steps=60))
+    _, said = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, said
+    assert f"resumed from step {max(saved)}" in said
+    expected = losses(tmp_path / "straight")
+    assert list(expected) == list(range(1, 61))
+    assert losses(tmp_path / "killed") == expected
+
+
+def _lines(run_dir):
+    file = run_dir / "metrics.jsonl"
+    return file.read_text().splitlines() if file.exists() else []
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batch_tokens": 24, "optimizer": "muon", "objective": "lk_lambda"}])
+def test_two_processes_give_the_losses_of_one(tmp_path, data, options):
+    main(flags(tmp_path / "one", data, max_steps=25, **options))
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    both = start(*flags(tmp_path / "two", data, max_steps=25, **options), launcher=torchrun)
+    _, said = both.communicate(timeout=240)
+    assert both.returncode == 0, said
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert list(one) == list(two) == list(range(1, 26))
+    assert two == {step: pytest.approx(loss, rel=1e-4) for step, loss in one.items()}
+
+
+def test_checkpointed_and_accumulated_steps_are_those_of_one_pass(tmp_path, data):
+    main(flags(tmp_path / "plain", data, max_steps=10))
+    main(flags(tmp_path / "small", data, max_steps=10, micro_batch_tokens=24, activation_checkpointing="true"))
+    plain, small = losses(tmp_path / "plain"), losses(tmp_path / "small")
+    assert small == {step: pytest.approx(loss, rel=1e-5) for step, loss in plain.items()}
+
+
+def test_versions_best_and_the_draft_vocabulary_of_the_data(tmp_path, data, capsys):
+    main(flags(tmp_path / "run", data, max_steps=40))
+    assert "draft vocabulary: 32 of 48 tokens hold" in capsys.readouterr().out
+    versions = VersionFolder(tmp_path / "run")
+    assert versions.newest() == 4
+    assert versions.best() in [versions.path(v) for v in versions.published()]
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [({}, "dataset.json cannot be read"), ({"objective": "mse"}, "'objective' = 'mse' is not accepted")],
+)
+def test_bad_settings_and_no_data_are_named(tmp_path, capsys, given, named):
+    with pytest.raises(SystemExit) as end:
+        main(flags(tmp_path / "run", tmp_path / "nowhere", **given))
+    assert end.value.code == 2
+    assert named in capsys.readouterr().err

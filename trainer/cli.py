@@ -1,0 +1,111 @@
+"""``python -m trainer``: for the run of a server that started it, or with ``--data`` on a stored dataset."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch.distributed as dist
+
+from sglang_specforge.checkpoint import CheckpointError
+from sglang_specforge.drafts import UnknownDraft
+from sglang_specforge.new_draft import coverage, import_draft, init_draft
+from sglang_specforge.settings import Run, SettingsError, load_settings
+from sglang_specforge.settings_flags import add_settings_flags, given_settings
+from sglang_specforge.sockets import EndpointTaken
+from sglang_specforge.target import TargetError, fingerprint_target, load_target_config, resolve_target
+from sglang_specforge.training_settings import Job
+from sglang_specforge.versions import VersionFolder
+from trainer.learner import Learner
+from trainer.loop import Trainer
+from trainer.offline.layout import DatasetError, Manifest
+from trainer.offline.reader import StoredSamples
+from trainer.offline.source import OfflineSettings, OfflineSource, Split
+from trainer.online import OnlineSource
+from trainer.process import process_group, stop_signal
+from trainer.resume import Checkpoints, ResumeError
+from trainer.trackers import MissingTracker, Trackers
+
+_REFUSALS = (
+    SettingsError, DatasetError, TargetError, CheckpointError, UnknownDraft, ResumeError, MissingTracker,
+    EndpointTaken,
+)  # fmt: skip
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Exits with 2 where what was given cannot be used."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        run = Run.inherited()
+        if run is not None and not arguments:
+            train_online(run)
+        else:
+            train_offline(_parse(arguments))
+    except _REFUSALS as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+def train_online(run: Run) -> None:
+    """Until SIGTERM or SIGINT, or until the server is gone."""
+    stopped = stop_signal()
+    with process_group(run.settings) as device:
+        learner = Learner(run, device)
+        progress = Checkpoints(run).resume(learner)
+        source = OnlineSource(run, learner, progress and progress.position, _trackers(run, learner))
+        Trainer(run, learner, source, stopped, progress and progress.best_acceptance_length).run()
+
+
+def train_offline(settings: OfflineSettings) -> None:
+    """Until the epochs or steps are done, or SIGTERM or SIGINT comes."""
+    stopped = stop_signal()
+    with process_group(settings) as device:
+        target = resolve_target(str(settings.target or Manifest.load(settings.data).target_path))
+        samples = StoredSamples(settings.data, fingerprint_target(target))
+        split = Split.of(samples.entries, settings.holdout_every)
+        steps = settings.schedule_steps or split.planned_steps(settings)
+        settings = settings.model_copy(update={"schedule_steps": steps})
+        job = Job(
+            settings=settings,
+            target_path=str(target),
+            target_fingerprint=samples.manifest.target_fingerprint,
+            draft_path=str(_starting_draft(settings, target, samples)),
+            served_dtype=samples.manifest.served_dtype,
+            draft_steps=settings.draft_steps,
+        )
+        learner = Learner(job, device)
+        progress = Checkpoints(job).resume(learner)
+        position = progress and progress.position
+        source = OfflineSource(settings, samples, split, position, _trackers(job, learner), learner.step)
+        Trainer(job, learner, source, stopped, progress and progress.best_acceptance_length).run()
+
+
+def _starting_draft(settings: OfflineSettings, target: Path, samples: StoredSamples) -> Path:
+    """The given draft, or a random one whose vocabulary is the data's most frequent tokens; kept for a restart."""
+    versions = VersionFolder(settings.run_dir.absolute()).root
+    draft = versions / ("given" if settings.draft else "initial")
+    if dist.get_rank() == 0 and not (draft / "config.json").exists():
+        if settings.draft:
+            import_draft(resolve_target(str(settings.draft)), target, draft)
+        else:
+            counts_V = samples.count_tokens(load_target_config(target).vocab_size)
+            chosen = {"draft_vocab_size": settings.draft_vocab_size, "counts_V": counts_V, "recipe": settings.recipe}
+            init_draft(str(target), draft, dtype=samples.manifest.served_dtype, seed=settings.seed, **chosen)
+            print(coverage(counts_V, settings.draft_vocab_size))
+    dist.barrier()
+    return draft
+
+
+def _trackers(job: Job, learner: Learner) -> Trackers | None:
+    return Trackers(job.settings, learner.step) if dist.get_rank() == 0 else None
+
+
+def _parse(arguments: Sequence[str]) -> OfflineSettings:
+    parser = argparse.ArgumentParser("python -m trainer", description=__doc__)
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="TOML or YAML file of the settings below; flags win."
+    )
+    add_settings_flags(parser, OfflineSettings)
+    args = parser.parse_args(arguments)
+    return load_settings(OfflineSettings, given_settings(args, OfflineSettings), args.config)

@@ -1,0 +1,62 @@
+"""The EAGLE3 draft as SGLang serves it (``LlamaForCausalLMEagle3``), and the variants that its config.json names.
+
+``bias`` gives ``fc`` one; EAGLE 3.1 sets ``fc_norm`` (a norm for each captured layer before ``fc``) and ``norm_output``
+(the next step reads the normed hidden state); ``norm_before_fc`` norms all captured states at once. Shapes: N rows of a
+pack of samples, H hidden.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig
+
+from trainer.draft import Draft, Past
+from trainer.layers import MLP, RMSNorm, RotaryEmbedding, TTTAttention
+
+
+class MidLayer(nn.Module):
+    """The one decoder layer; reads the token's embedding beside the hidden state."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        H, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm, self.hidden_norm = RMSNorm(H, eps), RMSNorm(H, eps)
+        self.post_attention_layernorm = RMSNorm(H, eps)
+        self.self_attn, self.mlp = TTTAttention(config), MLP(config)
+
+    def forward(self, embed_NH: Tensor, hidden_NH: Tensor, rotary: Any, past: Past) -> tuple[Tensor, Tensor]:
+        """The MLP's output and the residual to add to it."""
+        x_N2H = torch.cat([self.input_layernorm(embed_NH), self.hidden_norm(hidden_NH)], -1)
+        normed_NH, residual_NH = self.post_attention_layernorm.add(self.self_attn(x_N2H, rotary, past), hidden_NH)
+        return self.mlp(normed_NH), residual_NH
+
+
+class Eagle3Draft(Draft):
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__(config)
+        llama = LlamaConfig(**{k: v for k, v in config.items() if k not in ("architectures", "model_type")})
+        H, eps = llama.hidden_size, llama.rms_norm_eps
+        self.input_norm = RMSNorm(3 * H, eps) if config.get("norm_before_fc") else None
+        self.fc_norm = nn.ModuleList(RMSNorm(H, eps) for _ in range(3)) if config.get("fc_norm") else None
+        self.fc = nn.Linear(3 * H, H, bias=bool(config.get("bias")))
+        self.midlayer = MidLayer(llama)
+        self.norm, self._norms_output = RMSNorm(H, eps), bool(config.get("norm_output"))
+        self.lm_head = nn.Linear(H, config["draft_vocab_size"], bias=False)
+        self._rotary = RotaryEmbedding(llama)
+
+    def compile_layers(self) -> None:
+        self.midlayer.mlp.compile()
+
+    def start(self, aux_N3H: Tensor) -> Tensor:
+        if self.input_norm is not None:
+            aux_N3H = self.input_norm(aux_N3H)
+        if self.fc_norm is not None:
+            layers = zip(self.fc_norm, aux_N3H.chunk(3, -1), strict=True)
+            aux_N3H = torch.cat([norm(aux_NH) for norm, aux_NH in layers], -1)
+        return self.fc(aux_N3H)
+
+    def advance(self, embed_NH: Tensor, state_NF: Tensor, positions_N: Tensor, past: Past) -> tuple[Tensor, Tensor]:
+        rotary = self._rotary(state_NF, positions_N)
+        normed_NH, hidden_NH = self.norm.add(*self.midlayer(embed_NH, state_NF, rotary, past))
+        return normed_NH, normed_NH if self._norms_output else hidden_NH

@@ -1,0 +1,110 @@
+"""Layers that drafts are made of, with the rounding of SGLang's own.
+
+Shapes: N rows of a pack of samples, H hidden, Q query heads, G key heads, P head size.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from trainer.attention import attend
+from trainer.draft import Past
+
+Rotary = tuple[Tensor, Tensor]
+
+
+class RMSNorm(nn.Module):
+    """Computed in float32 and rounded once, after the weight, as SGLang's ``RMSNorm.forward_native`` does."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Normed.apply(x, self.weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of the sum, taken before the sum is rounded, and the sum."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        sum_wide = x.to(wide) + residual.to(wide)
+        return _Normed.apply(sum_wide, self.weight, self.eps).to(x.dtype), sum_wide.to(x.dtype)
+
+
+class _Normed(torch.autograd.Function):
+    """Keeps the input and one number a row, instead of each factor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.rsqrt(torch.linalg.vecdot(wide, wide)[..., None] / x.shape[-1] + eps)
+        ctx.save_for_backward(x, weight, scale)
+        return ((wide * scale).mul_(weight)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, scale = ctx.saved_tensors
+        normed = x.to(scale.dtype) * scale
+        grad_wide = grad.to(scale.dtype)
+        grad_weight = (grad_wide * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        scaled = grad_wide * weight
+        mean = torch.linalg.vecdot(scaled, normed)[..., None] / x.shape[-1]
+        return (scaled.sub_(normed.mul_(mean)).mul_(scale)).to(x.dtype), grad_weight, None
+
+
+class RotaryEmbedding:
+    """Angles by the rotary variant that the configuration names, as transformers computes them.
+
+    No module: nothing of it is saved or sharded.
+    """
+
+    def __init__(self, config: LlamaConfig) -> None:
+        self._embedding = LlamaRotaryEmbedding(config)
+
+    def __call__(self, like: Tensor, positions_N: Tensor) -> Rotary:
+        """Cosines and sines [1, N, P], float32."""
+        return self._embedding.to(like.device)(like.float(), positions_N[None])
+
+
+class TTTAttention(nn.Module):
+    """Reads the token's embedding beside the hidden state; see ``trainer.attention`` for what a row attends to."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        H, self.P = config.hidden_size, config.head_dim
+        self.q_proj = nn.Linear(2 * H, config.num_attention_heads * self.P, bias=False)
+        self.k_proj = nn.Linear(2 * H, config.num_key_value_heads * self.P, bias=False)
+        self.v_proj = nn.Linear(2 * H, config.num_key_value_heads * self.P, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.P, H, bias=False)
+
+    def forward(self, x_N2H: Tensor, rotary: Rotary, past: Past) -> Tensor:
+        """Appends this step's keys and values to ``past``."""
+        q_QNP, k_GNP, v_GNP = (
+            proj(x_N2H).unflatten(-1, (-1, self.P)).transpose(0, 1) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        past.keys.append(rotate(k_GNP, *rotary))
+        past.values.append(v_GNP)
+        out_QNP = attend(rotate(q_QNP, *rotary), past.keys, past.values, past.bounds)
+        return self.o_proj(out_QNP.transpose(0, 1).flatten(1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        H, intermediate = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(H, intermediate, bias=False)
+        self.up_proj = nn.Linear(H, intermediate, bias=False)
+        self.down_proj = nn.Linear(intermediate, H, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def rotate(x_HNP: Tensor, cos_1NP: Tensor, sin_1NP: Tensor) -> Tensor:
+    wide = x_HNP.to(torch.promote_types(x_HNP.dtype, cos_1NP.dtype))
+    first, second = wide.chunk(2, -1)
+    return (wide * cos_1NP + torch.cat([-second, first], -1) * sin_1NP).to(x_HNP.dtype)

@@ -1,0 +1,151 @@
+"""Storing what a running server computes for prepared sequences.
+
+Each sequence is sent as a prompt, and its states come over the stream that a trainer would read. A sequence whose
+states do not all arrive is sent again.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import torch
+
+from sglang_specforge.contracts.control import TokenLedger
+from sglang_specforge.prepared import Prepared
+from trainer.assemble import Assembler
+from trainer.inbox import Inbox
+from trainer.offline.writer import DatasetWriter
+from trainer.sample import Sample
+
+_POLL_S = 0.1
+_ARRIVES_WITHIN_S = 10.0  # states of an answered request
+_TRIES = 3
+_TIMEOUT_S = 600.0
+_LONGEST = 1 << 24
+
+
+@dataclass
+class Report:
+    stored: int = 0
+    stored_tokens: int = 0
+    there_already: int = 0
+    sent_again: int = 0
+    failed: Counter[str] = field(default_factory=Counter)  # by reason
+
+
+@dataclass
+class _Sent:
+    sequence: Prepared
+    tries: int
+    answer: Future
+    answered_s: float | None = None
+
+
+class Capture:
+    """Keeps ``concurrency`` sequences under way at a server, and writes what comes back."""
+
+    def __init__(
+        self, url: str, api_key: str | None, spans_endpoint: str, writer: DatasetWriter, concurrency: int
+    ) -> None:
+        self.report = Report()
+        self._writer, self._concurrency = writer, concurrency
+        ledger = TokenLedger()
+        self._inbox = Inbox(spans_endpoint, Assembler(ledger, _LONGEST), ledger)
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._client = httpx.Client(base_url=url, headers=headers, timeout=_TIMEOUT_S, trust_env=False)
+        self._under_way: dict[str, _Sent] = {}
+        self._again: list[_Sent] = []
+
+    def run(self, sequences: Iterable[Prepared], on_change: Callable[[Report], Any]) -> Report:
+        """All of them but those stored already; what was written stays, however this ends."""
+        wanted = self._wanted(sequences)
+        try:
+            with ThreadPoolExecutor(self._concurrency) as pool:
+                while self._send_more(pool, wanted) or self._under_way:
+                    for sample in self._inbox.receive(_POLL_S):
+                        self._store(sample)
+                    self._look_after_answers()
+                    on_change(self.report)
+        finally:
+            self._writer.flush()
+            self._inbox.close()
+            self._client.close()
+        return self.report
+
+    def _wanted(self, sequences: Iterable[Prepared]) -> Iterator[Prepared]:
+        seen: set[str] = set()
+        for sequence in sequences:
+            if sequence.id in seen or sequence.id in self._writer.stored_ids:
+                self.report.there_already += 1
+            else:
+                seen.add(sequence.id)
+                yield sequence
+
+    def _send_more(self, pool: ThreadPoolExecutor, wanted: Iterator[Prepared]) -> bool:
+        """Fill up what is under way; returns whether anything was sent."""
+        sent = False
+        while len(self._under_way) < self._concurrency:
+            if self._again:
+                last = self._again.pop()
+                sequence, tries = last.sequence, last.tries + 1
+            elif (sequence := next(wanted, None)) is not None:
+                tries = 1
+            else:
+                break
+            rid = f"{sequence.id[:32]}-{tries}"
+            self._under_way[rid] = _Sent(sequence, tries, pool.submit(self._ask, rid, sequence.input_ids))
+            sent = True
+        return sent
+
+    def _ask(self, rid: str, input_ids: list[int]) -> None:
+        # A key of its own keeps the prefix cache out: every position is computed, so every position is captured.
+        body = {
+            "rid": rid, "input_ids": input_ids, "extra_key": rid,
+            "sampling_params": {"max_new_tokens": 1, "temperature": 0},
+        }  # fmt: skip
+        self._client.post("/generate", json=body).raise_for_status()
+
+    def _store(self, sample: Sample) -> None:
+        sent = self._under_way.get(sample.rid)
+        if sent is None:
+            return  # another client's request
+        if sample.start or sample.tokens_T.tolist() != sent.sequence.input_ids:
+            self._retry(sample.rid, "its states came incomplete")
+            return
+        mask_T = torch.tensor(sent.sequence.loss_mask)
+        generated_T = torch.cat([mask_T[1:], torch.zeros(1, dtype=torch.bool)])
+        self._writer.add(sent.sequence.id, sample.tokens_T, generated_T, sample.aux_T3H, sample.last_TH)
+        self.report.stored += 1
+        self.report.stored_tokens += len(sample)
+        del self._under_way[sample.rid]
+
+    def _look_after_answers(self) -> None:
+        now_s = time.monotonic()
+        for rid, sent in list(self._under_way.items()):
+            if not sent.answer.done():
+                continue
+            if error := sent.answer.exception():
+                refused = isinstance(error, httpx.HTTPStatusError) and error.response.is_client_error
+                self._retry(rid, _reason(error), tries=1 if refused else _TRIES)
+            elif sent.answered_s is None:
+                sent.answered_s = now_s
+            elif now_s - sent.answered_s > _ARRIVES_WITHIN_S:
+                self._retry(rid, "its states did not arrive")
+
+    def _retry(self, rid: str, reason: str, tries: int = _TRIES) -> None:
+        sent = self._under_way.pop(rid)
+        if sent.tries < tries:
+            self.report.sent_again += 1
+            self._again.append(sent)
+        else:
+            self.report.failed[reason] += 1
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, httpx.HTTPStatusError):
+        return f"the server answered {error.response.status_code}: {error.response.text[:120]}"
+    return f"{type(error).__name__}: {error}"

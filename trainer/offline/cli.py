@@ -1,0 +1,84 @@
+"""``sglang-specforge capture``; the command line finds it by its entry point."""
+
+import shutil
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from sglang_specforge.client import DEFAULT_URL, ApiKey, Url, ask, fail
+from sglang_specforge.prepared import PreparedError, PreparedFile
+from sglang_specforge.sockets import EndpointTaken
+from sglang_specforge.target import TargetError, load_target_config
+from trainer.offline.capture import Capture, Report
+from trainer.offline.layout import DatasetError, Manifest
+from trainer.offline.writer import DatasetWriter
+
+console = Console()
+
+
+def capture(
+    data: Annotated[Path, typer.Option(help="File that prepare-data wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder of the dataset; one that is there is gone on with.")],
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    store: Annotated[
+        Literal["served", "bfloat16", "float32", "float8"],
+        typer.Option(help="How states are stored; float8 has a scale for each token."),
+    ] = "served",
+    shard_mb: Annotated[int, typer.Option(min=1, help="Size of a shard in MiB.")] = 512,
+    concurrency: Annotated[int, typer.Option(min=1, help="Sequences under way at a time.")] = 8,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Print the bytes that it would take, and end.")] = False,
+) -> None:
+    """Store the states that a running server computes for prepared data, to train on with python -m trainer --data.
+
+    The server has to run with --enable-draft-training --draft-training-trainer none, on this host.
+    """
+    status = ask("GET", url, "/draft/status", api_key, timeout=10).json()
+    try:
+        sequences = PreparedFile(data)
+        manifest = Manifest(
+            target_fingerprint=status["target_fingerprint"],
+            target_path=status["target_path"],
+            served_dtype=status["served_dtype"],
+            hidden_size=load_target_config(Path(status["target_path"])).hidden_size,
+            stored=status["served_dtype"] if store == "served" else store,
+        )
+        if estimate:
+            show_estimate(sequences, manifest, out)
+            return
+        writer = DatasetWriter(out, manifest, shard_mb << 20)
+        report = _run(Capture(url, api_key, status["spans_endpoint"], writer, concurrency), sequences)
+    except (PreparedError, DatasetError, TargetError, EndpointTaken) as error:
+        fail(str(error))
+    console.print(
+        f"stored {report.stored} sequences of {report.stored_tokens:,} tokens in {out}; {report.there_already} were "
+        f"there already or twice in the data; {report.sent_again} were sent again"
+    )
+    if report.failed:
+        fail("\n".join(f"{count} failed: {reason}" for reason, count in report.failed.items()), code=1)
+
+
+def show_estimate(sequences: PreparedFile, manifest: Manifest, out: Path) -> None:
+    tokens = sum(len(sequence.input_ids) for sequence in sequences)
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    table = Table(show_header=False, title="capture, estimated")
+    table.add_row("sequences", f"{len(sequences):,}")
+    table.add_row("tokens", f"{tokens:,}")
+    table.add_row("bytes a token", f"{manifest.row_bytes:,} ({manifest.stored}, hidden size {manifest.hidden_size})")
+    table.add_row("in all", f"{tokens * manifest.row_bytes:,} bytes ({tokens * manifest.row_bytes / 1e9:.2f} GB)")
+    table.add_row("free there", f"{shutil.disk_usage(existing).free / 1e9:.2f} GB")
+    console.print(table)
+
+
+def _run(work: Capture, sequences: PreparedFile) -> Report:
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("sequences", total=len(sequences))
+
+        def show(report: Report) -> None:
+            bar.update(task, completed=report.stored + report.there_already + report.failed.total())
+
+        return work.run(sequences, show)

@@ -1,0 +1,115 @@
+"""A stored dataset: what lies where, and how its tensors are coded.
+
+A folder with ``dataset.json``, ``shards/<sha256>.safetensors`` and, for each shard, ``index/<sha256>.parquet``. A shard
+holds its samples end to end; the index says which rows are whose, with a checksum of their bytes. Shapes: N rows of a
+shard, T of them a sample's, H hidden.
+"""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import pyarrow as pa
+import torch
+import xxhash
+from torch import Tensor
+
+Stored = Literal["bfloat16", "float32", "float8"]
+_FORMAT = 1
+_FP8 = torch.float8_e4m3fn
+_FP8_MAX = torch.finfo(_FP8).max
+
+INDEX = pa.schema(
+    [
+        ("id", pa.string()),  # of the sequence: sha256 of its tokens and loss mask
+        ("row", pa.int64()),  # its first one in the shard
+        ("length", pa.int32()),
+        ("generated_tokens", pa.int32()),
+        ("checksum", pa.uint64()),
+    ]
+)
+
+
+class DatasetError(ValueError):
+    """A stored dataset cannot be used; the message names the file and what is wrong."""
+
+
+class Manifest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """``dataset.json``."""
+
+    target_fingerprint: str
+    target_path: str  # where the server had it
+    served_dtype: str
+    hidden_size: int
+    stored: Stored
+    format: int = _FORMAT
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one token: token id, loss mask, aux and last hidden states and, for float8, their two scales."""
+        width = {"bfloat16": 2, "float32": 4, "float8": 1}[self.stored]
+        return 4 + 1 + 4 * self.hidden_size * width + (8 if self.stored == "float8" else 0)
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / "dataset.json.part"
+        part.write_bytes(msgspec.json.format(msgspec.json.encode(self)))
+        part.replace(folder / "dataset.json")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Manifest":
+        """Raises DatasetError."""
+        file = folder / "dataset.json"
+        try:
+            manifest = msgspec.json.decode(file.read_bytes(), type=cls)
+        except (OSError, msgspec.MsgspecError) as error:
+            raise DatasetError(f"{file} cannot be read: {error}; is it a folder that capture wrote?") from error
+        if manifest.format != _FORMAT:
+            raise DatasetError(f"{file} is of format {manifest.format}; this version reads {_FORMAT}")
+        return manifest
+
+
+def encode(
+    manifest: Manifest, tokens_T: Tensor, generated_T: Tensor, aux_T3H: Tensor, last_TH: Tensor
+) -> dict[str, Tensor]:
+    """Rows as they are stored."""
+    rows = {"tokens": tokens_T.to(torch.int32), "generated": generated_T.to(torch.uint8)}
+    for name, states in (("aux", aux_T3H), ("last", last_TH)):
+        if manifest.stored == "float8":
+            scale_T = (states.float().abs().amax(-1) / _FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
+            rows[name], rows[f"{name}_scale"] = (states.float() / scale_T[:, None]).to(_FP8), scale_T
+        else:
+            rows[name] = states.to(getattr(torch, manifest.stored))
+    return {name: rows[name].contiguous() for name in sorted(rows)}
+
+
+def decode(manifest: Manifest, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+    """``tokens_T`` (int64), ``generated_T`` (bool), ``aux_T3H`` and ``last_TH`` (float8 comes back as served)."""
+    served = getattr(torch, manifest.served_dtype)
+    states = {}
+    for name, key in (("aux", "aux_T3H"), ("last", "last_TH")):
+        coded = rows[name]
+        states[key] = (coded.float() * rows[f"{name}_scale"][:, None]).to(served) if coded.dtype == _FP8 else coded
+    return {"tokens_T": rows["tokens"].long(), "generated_T": rows["generated"].bool(), **states}
+
+
+def checksum(rows: dict[str, Tensor]) -> int:
+    """xxh3 over the bytes of a sample's rows, tensor by tensor in the order of their names."""
+    digest = xxhash.xxh3_64()
+    for name in sorted(rows):
+        digest.update(memoryview(rows[name].contiguous().view(-1).view(torch.uint8).numpy()))
+    return digest.intdigest()
+
+
+def shard_path(folder: Path, name: str) -> Path:
+    return folder / "shards" / f"{name}.safetensors"
+
+
+def index_paths(folder: Path) -> list[Path]:
+    """Of all complete shards: the index is written last."""
+    return sorted((folder / "index").glob("*.parquet"))
+
+
+def metadata_of(manifest: Manifest) -> dict[str, Any]:
+    """What each shard says of itself."""
+    return {"format": "pt", "target_fingerprint": manifest.target_fingerprint, "stored": manifest.stored}

@@ -1,0 +1,40 @@
+"""One process of the trainer: its device, its process group, and its end."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+
+from sglang_specforge.training_settings import TrainingSettings
+
+
+@contextlib.contextmanager
+def process_group(settings: TrainingSettings) -> Iterator[torch.device]:
+    """Join the other processes that ``torchrun`` started, or be alone; yields this process's device."""
+    device = torch.device(settings.trainer_device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        torch.cuda.set_device(device)  # FSDP works on the current device
+    torch.set_num_threads(settings.trainer_threads)
+    torch.manual_seed(settings.seed)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        # One process: a store in memory is enough, and nothing listens on a port.
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def stop_signal() -> Callable[[], bool]:
+    """Whether SIGTERM or SIGINT has come."""
+    came = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: came.append(True))
+    return lambda: bool(came)

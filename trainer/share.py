@@ -1,0 +1,81 @@
+"""Samples that one process holds, dealt to all of them.
+
+The first process tells the others what each gets (lengths, then tensors, over the CPU group); with one process nothing
+is copied.
+"""
+
+from dataclasses import fields
+from typing import Any
+
+import msgspec
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer.deal import deal
+from trainer.sample import Sample
+
+_TENSORS = tuple(f.name for f in fields(Sample) if f.type is Tensor)
+
+
+class _Plan(msgspec.Struct):
+    lengths: list[int]
+    starts: list[int]
+    passes: list[list[list[int]]]  # by rank, indices
+    layouts: list[tuple[str, int]]  # dtype and width of each tensor; width 0 is one number a row
+
+
+def share_out(samples: list[Sample] | None, pass_tokens: int | None) -> list[list[Sample]] | None:
+    """This process's passes of the first process's ``samples``; None where it has none. All processes call together."""
+    ranks = dist.get_world_size()
+    if ranks == 1:
+        return (
+            [[samples[i] for i in own] for own in deal(list(map(len, samples)), 1, pass_tokens)[0]] if samples else None
+        )
+    plan = _broadcast(_plan(samples, ranks, pass_tokens) if samples else None)
+    if plan is None:
+        return None
+    rank = dist.get_rank()
+    if rank == 0:
+        for other in range(1, ranks):
+            for tensor in _joined(samples, plan, other):
+                dist.send(tensor, other)
+        return [[samples[i] for i in own] for own in plan.passes[0]]
+    own = [i for passes in plan.passes[rank] for i in passes]
+    if not own:
+        return [[] for _ in plan.passes[rank]]
+    lengths = [plan.lengths[i] for i in own]
+    columns = []
+    for dtype, width in plan.layouts:
+        shape = (sum(lengths), width) if width else (sum(lengths),)
+        joined = torch.empty(shape, dtype=getattr(torch, dtype))
+        dist.recv(joined, 0)
+        columns.append(joined.split(lengths))
+    received = {
+        i: Sample(rid="", start=plan.starts[i], **dict(zip(_TENSORS, tensors, strict=True)))
+        for i, tensors in zip(own, zip(*columns, strict=True), strict=True)
+    }
+    return [[received[i] for i in indices] for indices in plan.passes[rank]]
+
+
+def _plan(samples: list[Sample], ranks: int, pass_tokens: int | None) -> _Plan:
+    lengths = list(map(len, samples))
+    tensors = [getattr(samples[0], name) for name in _TENSORS]
+    layouts = [(str(t.dtype).removeprefix("torch."), t.shape[1] if t.ndim > 1 else 0) for t in tensors]
+    return _Plan(lengths, [s.start for s in samples], deal(lengths, ranks, pass_tokens), layouts)
+
+
+def _joined(samples: list[Sample], plan: _Plan, rank: int) -> list[Tensor]:
+    own = [samples[i] for passes in plan.passes[rank] for i in passes]
+    return [torch.cat([getattr(s, name) for s in own]) for name in _TENSORS] if own else []
+
+
+def _broadcast(plan: _Plan | None) -> Any:
+    data = msgspec.msgpack.encode(plan) if dist.get_rank() == 0 else b""
+    size = torch.tensor(len(data))
+    dist.broadcast(size, 0)
+    content = (
+        torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(int(size), dtype=torch.uint8)
+    )
+    dist.broadcast(content, 0)
+    return msgspec.msgpack.decode(content.numpy().tobytes(), type=_Plan | None)
