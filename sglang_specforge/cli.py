@@ -15,6 +15,7 @@ from sglang_specforge.checkpoint import CheckpointError
 from sglang_specforge.client import DEFAULT_URL, ApiKey, Url, ask, fail
 from sglang_specforge.demo import run_demo
 from sglang_specforge.new_draft import init_draft as write_draft
+from sglang_specforge.prepare.cli import prepare_data
 from sglang_specforge.target import TargetError
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -103,6 +104,7 @@ def drive_traffic(
 
 
 app.command("demo")(run_demo)
+app.command()(prepare_data)
 for _command in importlib.metadata.entry_points(group=_COMMANDS):
     app.command(_command.name)(_command.load())
 

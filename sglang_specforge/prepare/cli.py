@@ -1,0 +1,181 @@
+"""``sglang-specforge prepare-data``."""
+
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import typer
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from transformers import AutoTokenizer
+
+from sglang_specforge.client import ApiKey, fail
+from sglang_specforge.new_draft import coverage
+from sglang_specforge.prepare.conversations import Layout, Skipped, read_rows, to_messages
+from sglang_specforge.prepare.regenerate import Regenerator
+from sglang_specforge.prepare.tokens import ChatTokens, LossOn
+from sglang_specforge.prepared import SCHEMA, Prepared
+
+console = Console()
+_ROWS_WRITTEN_AT_ONCE = 256
+
+
+def prepare_data(
+    sources: Annotated[
+        list[str], typer.Argument(help="Files (.jsonl, .json, .parquet, .txt) or Hugging Face datasets.")
+    ],
+    out: Annotated[Path, typer.Option(help="Parquet file to write.")],
+    tokenizer: Annotated[str, typer.Option(help="Folder or Hugging Face name of the target, for its tokenizer.")],
+    layout: Annotated[Layout, typer.Option(help="Of the rows; auto looks at their columns.")] = "auto",
+    split: Annotated[str, typer.Option(help="Of a Hugging Face dataset.")] = "train",
+    loss_on: Annotated[LossOn, typer.Option(help="Assistants' turns that are learnt.")] = "all",
+    min_tokens: Annotated[int, typer.Option(min=2, help="Shorter sequences are skipped.")] = 8,
+    max_tokens: Annotated[int, typer.Option(min=8, help="Longer sequences are skipped.")] = 4096,
+    limit: Annotated[int | None, typer.Option(min=1, help="Sequences to write at most.")] = None,
+    regenerate: Annotated[
+        str | None, typer.Option(help="Address of a server whose answers replace the data's.")
+    ] = None,
+    api_key: ApiKey = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer that is asked for.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="Of these answers; 0 is greedy.")] = 0.0,
+    concurrency: Annotated[int, typer.Option(min=1, help="Conversations under way at the server at a time.")] = 8,
+    draft_vocab_size: Annotated[int, typer.Option(min=8, help="Draft vocabulary to show the coverage of.")] = 32_000,
+) -> None:
+    """Turn conversations into token ids and loss masks, for sglang-specforge capture.
+
+    A stopped run with --regenerate asks for no answer twice: they are kept beside the output until it is whole.
+    """
+    chat = ChatTokens(AutoTokenizer.from_pretrained(tokenizer), loss_on)
+    kept = out.with_name(out.name + ".answers.jsonl")
+    regenerator = Regenerator(regenerate, api_key, kept, max_new_tokens, temperature) if regenerate else None
+    work = Preparation(chat, layout, (min_tokens, max_tokens), regenerator)
+    try:
+        rows = (row for source in sources for row in read_rows(source, split))
+        _write(out, work.sequences(rows, limit, concurrency if regenerate else 1))
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        fail(f"{error}" + (f"; what was answered is kept in {kept}" if regenerate else ""))
+    if regenerator is not None:
+        regenerator.close()
+        kept.unlink()
+    console.print(work.report())
+    console.print(coverage(work.counts_V, draft_vocab_size))
+
+
+class Preparation:
+    """Rows in, sequences out, in the same order; what is skipped is counted by reason."""
+
+    def __init__(
+        self, chat: ChatTokens, layout: Layout, bounds: tuple[int, int], regenerator: Regenerator | None
+    ) -> None:
+        self._chat, self._layout, self._bounds, self._regenerator = chat, layout, bounds, regenerator
+        self.skipped: Counter[str] = Counter()
+        self.counts_V = torch.zeros(chat.vocab_size, dtype=torch.int64)
+        self._written = self._tokens = self._learnt = 0
+
+    def sequences(self, rows: Iterable[dict[str, Any]], limit: int | None, workers: int) -> Iterator[Prepared]:
+        seen: set[str] = set()
+        for made in _in_order(self._make, rows, workers):
+            if isinstance(made, Skipped):
+                self.skipped[str(made)] += 1
+            elif made.id in seen:
+                self.skipped["the same as another"] += 1
+            else:
+                seen.add(made.id)
+                self._count(made)
+                yield made
+                if self._written == limit:
+                    return
+
+    def report(self) -> Table:
+        table = Table(show_header=False, title="prepared")
+        table.add_row("sequences", f"{self._written:,}")
+        table.add_row("tokens", f"{self._tokens:,}, {self._learnt:,} of them learnt")
+        if self._regenerator is not None:
+            table.add_row("answers kept from before", f"{self._regenerator.kept_before:,}")
+        for reason, count in self.skipped.most_common():
+            table.add_row("skipped", f"{count:,}: {reason}")
+        return table
+
+    def _make(self, row: dict[str, Any]) -> Prepared | Skipped:
+        shortest, longest = self._bounds
+        try:
+            ids, mask = self._encode(row)
+        except Skipped as reason:
+            return reason
+        if len(ids) < shortest:
+            return Skipped(f"shorter than {shortest} tokens")
+        if len(ids) > longest:
+            return Skipped(f"longer than {longest} tokens")
+        return Prepared.of(ids, mask) if any(mask) else Skipped("nothing to learn")
+
+    def _encode(self, row: dict[str, Any]) -> tuple[list[int], list[bool]]:
+        messages = to_messages(row, self._layout)
+        if isinstance(messages, str):
+            return self._chat.encode_text(messages)
+        return self._regenerated(messages) if self._regenerator is not None else self._chat.encode(messages)
+
+    def _regenerated(self, messages: list[dict[str, str]]) -> tuple[list[int], list[bool]]:
+        """Each assistant's turn anew, in order. The last one's tokens are exactly those that the target gave."""
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not turns:
+            raise Skipped("no assistant's turn")
+        messages = [dict(message) for message in messages]
+        for turn in turns:
+            prompt_ids = self._chat.prompt(messages[:turn])
+            if len(prompt_ids) >= self._bounds[1]:
+                raise Skipped(f"longer than {self._bounds[1]} tokens")
+            answer_ids = self._regenerator.answer(prompt_ids)
+            messages[turn]["content"] = self._chat.answer(answer_ids)
+        before = self._chat.mask_of_prompt(messages[: turns[-1]], prompt_ids)
+        return prompt_ids + answer_ids, before + [True] * len(answer_ids)
+
+    def _count(self, made: Prepared) -> None:
+        learnt = torch.tensor(made.input_ids)[torch.tensor(made.loss_mask)]
+        self.counts_V += learnt.bincount(minlength=self.counts_V.numel())[: self.counts_V.numel()]
+        self._written, self._tokens = self._written + 1, self._tokens + len(made.input_ids)
+        self._learnt += learnt.numel()
+
+
+def _in_order(make: Any, rows: Iterable[dict[str, Any]], workers: int) -> Iterator[Any]:
+    """``map`` over threads that never reads further ahead than they can work."""
+    with ThreadPoolExecutor(workers) as pool:
+        ahead: deque[Future] = deque()
+        try:
+            for row in rows:
+                ahead.append(pool.submit(make, row))
+                if len(ahead) >= 2 * workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
+def _write(out: Path, sequences: Iterable[Prepared]) -> None:
+    """The file appears when it is whole."""
+    part = out.with_name(out.name + ".part")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+    with (
+        pq.ParquetWriter(part, SCHEMA) as writer,
+        Progress(*columns, console=console, disable=not console.is_terminal) as bar,
+    ):
+        task = bar.add_task("sequences", total=None)
+        rows: list[dict[str, Any]] = []
+        for sequence in sequences:
+            rows.append(sequence._asdict())
+            bar.advance(task)
+            if len(rows) == _ROWS_WRITTEN_AT_ONCE:
+                writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+                rows.clear()
+        writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+    part.chmod(0o600)
+    part.replace(out)

@@ -1,0 +1,81 @@
+"""Rows of a dataset as messages, whatever their layout."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+
+Message = dict[str, str]  # role and content
+Layout = Literal["auto", "sharegpt", "ultrachat", "messages", "text"]
+
+_ROLES = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
+    "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "system": "system", "tool": "tool",
+}  # fmt: skip
+_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+
+
+class Skipped(ValueError):
+    """A row that gives nothing to learn from; the message is the reason it is counted under."""
+
+
+def read_rows(source: str, split: str) -> Iterator[dict[str, Any]]:
+    """Rows of a local file (by its suffix) or of a Hugging Face dataset, streamed.
+
+    Raises:
+        FileNotFoundError: ``source`` looks like a file and is not there.
+        ValueError: a file of another suffix.
+    """
+    path = Path(source)
+    if path.is_file():
+        if path.suffix not in _BUILDERS:
+            raise ValueError(f"{source}: {path.suffix or 'no suffix'} is not read; accepted are {', '.join(_BUILDERS)}")
+        yield from datasets.load_dataset(_BUILDERS[path.suffix], data_files=source, split="train", streaming=True)
+    elif path.suffix in _BUILDERS:
+        raise FileNotFoundError(f"{source} is not there")
+    else:
+        yield from datasets.load_dataset(source, split=split, streaming=True)
+
+
+def to_messages(row: dict[str, Any], layout: Layout) -> list[Message] | str:
+    """Messages of a conversation, or the text of a plain one.
+
+    ``sharegpt`` reads ``conversations`` (``from`` and ``value``), ``ultrachat`` the alternating strings of ``data``,
+    ``messages`` those of OpenAI's API, ``text`` the column of that name; ``auto`` takes the first that has its column.
+
+    Raises:
+        Skipped: the row is not of that layout.
+    """
+    for name, column, read in _LAYOUTS:
+        if layout in (name, "auto") and row.get(column):
+            return read(row[column])
+    raise Skipped("not of the layout" if layout != "auto" else "of no known layout")
+
+
+def _sharegpt(turns: list[dict[str, Any]]) -> list[Message]:
+    return [_message(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in turns]
+
+
+def _ultrachat(turns: list[str]) -> list[Message]:
+    return [_message(("user", "assistant")[i % 2], turn) for i, turn in enumerate(turns)]
+
+
+def _messages(turns: list[dict[str, Any]]) -> list[Message]:
+    return [_message(turn.get("role"), turn.get("content")) for turn in turns]
+
+
+def _message(role: Any, content: Any) -> Message:
+    if role not in _ROLES:
+        raise Skipped(f"role {role!r} is unknown")
+    if not isinstance(content, str):
+        raise Skipped("content is no text")
+    return {"role": _ROLES[role], "content": content}
+
+
+_LAYOUTS = (
+    ("sharegpt", "conversations", _sharegpt),
+    ("ultrachat", "data", _ultrachat),
+    ("messages", "messages", _messages),
+    ("text", "text", str),
+)

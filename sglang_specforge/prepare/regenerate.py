@@ -1,0 +1,59 @@
+"""Answers of the target itself, kept on disk as they come, so that a run that was stopped asks for none twice."""
+
+import hashlib
+import json
+import threading
+from pathlib import Path
+
+import httpx
+import numpy as np
+
+_TIMEOUT_S = 600.0
+
+
+class Regenerator:
+    """Asks a server's ``/generate``; threads may share it."""
+
+    def __init__(self, url: str, api_key: str | None, kept: Path, max_new_tokens: int, temperature: float) -> None:
+        self._sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._client = httpx.Client(base_url=url, headers=headers, timeout=_TIMEOUT_S, trust_env=False)
+        self._known = _read(kept)
+        self.kept_before = len(self._known)
+        self._lock = threading.Lock()
+        self._file = kept.open("a", encoding="utf-8")
+
+    def answer(self, prompt_ids: list[int]) -> list[int]:
+        """Token ids that the target generates after a prompt. Raises httpx.HTTPError."""
+        key = self._key(prompt_ids)
+        if key in self._known:
+            return self._known[key]
+        body = {"input_ids": prompt_ids, "sampling_params": self._sampling}
+        answer = self._client.post("/generate", json=body)
+        answer.raise_for_status()
+        output_ids = answer.json()["output_ids"]
+        with self._lock:
+            self._known[key] = output_ids
+            self._file.write(json.dumps({"key": key, "output_ids": output_ids}) + "\n")
+            self._file.flush()
+        return output_ids
+
+    def close(self) -> None:
+        self._file.close()
+        self._client.close()
+
+    def _key(self, prompt_ids: list[int]) -> str:
+        digest = hashlib.sha256(np.asarray(prompt_ids, np.int32).tobytes())
+        digest.update(json.dumps(self._sampling, sort_keys=True).encode())
+        return digest.hexdigest()
+
+
+def _read(kept: Path) -> dict[str, list[int]]:
+    """What is there already; a last line that was cut off in writing is taken back."""
+    if not kept.exists():
+        return {}
+    lines = kept.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+        kept.write_text("".join(lines), encoding="utf-8")
+    return {entry["key"]: entry["output_ids"] for entry in map(json.loads, lines)}
