@@ -13,13 +13,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from sglang_specforge.drafts import expected_shapes, kind_of
+from sglang_specforge.drafts import CheckpointError, expected_shapes, kind_of
 
 FINGERPRINT_KEY = "specforge_target_fingerprint"
-
-
-class CheckpointError(ValueError):
-    """A draft checkpoint cannot be used; the message names the tensor or fingerprint at fault."""
 
 
 def save_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:

@@ -14,8 +14,8 @@ Shapes = dict[str, tuple[int, ...]]
 _GROUP = "sglang_specforge.drafts"
 
 
-class UnknownDraft(ValueError):
-    """No kind of draft has this architecture; the message names those that are known."""
+class CheckpointError(ValueError):
+    """A draft checkpoint cannot be used; the message names the tensor, fingerprint or architecture at fault."""
 
 
 @dataclass(frozen=True)
@@ -77,18 +77,19 @@ def register(kind: DraftKind) -> DraftKind:
 
 
 def kind_of(config: dict[str, Any]) -> DraftKind:
-    """The kind of a checkpoint by its config.json. Raises UnknownDraft."""
+    """The kind of a checkpoint by its config.json. Raises CheckpointError."""
     architecture = (config.get("architectures") or [None])[0]
     if architecture not in _kinds:
         for entry in importlib.metadata.entry_points(group=_GROUP):
             kind = entry.load()
             _kinds.setdefault(kind.architecture, kind)
     if architecture not in _kinds:
-        raise UnknownDraft(f"draft architecture {architecture!r} is unknown; known are: {', '.join(sorted(_kinds))}")
+        known = ", ".join(sorted(_kinds))
+        raise CheckpointError(f"a draft of architecture {architecture!r} cannot be trained; known are: {known}")
     return _kinds[architecture]
 
 
 def expected_shapes(config: dict[str, Any]) -> Shapes:
-    """Every tensor of a checkpoint and its shape. Raises UnknownDraft."""
+    """Every tensor of a checkpoint and its shape. Raises CheckpointError."""
     tensors = kind_of(config).shapes(config)
     return {**tensors, "d2t": (config["draft_vocab_size"],), "t2d": (config["vocab_size"],)}

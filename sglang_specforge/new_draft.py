@@ -1,6 +1,8 @@
 """Drafts that a run can start from: random ones, and ones that come from elsewhere."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -14,17 +16,16 @@ from sglang_specforge.checkpoint import (
     read_tensors,
     save_checkpoint,
 )
-from sglang_specforge.drafts import EAGLE3_VARIANTS, expected_shapes
+from sglang_specforge.drafts import EAGLE3, EAGLE3_VARIANTS, expected_shapes, kind_of
 from sglang_specforge.target import fingerprint_target, load_embedding_and_head, load_target_config, resolve_target
 
 _KEPT = ("eagle_config", *EAGLE3_VARIANTS)  # the captured layers, where they are not the default ones, and variants
 _TRAINABLE: dict[str, tuple[Any, ...]] = {
-    "architectures": (["LlamaForCausalLMEagle3"],),
     "num_hidden_layers": (1,),
     "tie_word_embeddings": (False, None),
 }
 Recipe = Literal["eagle3", "eagle3.1"]
-RECIPES: dict[str, dict[str, Any]] = {"eagle3": {}, "eagle3.1": {"fc_norm": True, "norm_output": True}}
+RECIPES: dict[Recipe, dict[str, Any]] = {"eagle3": {}, "eagle3.1": {"fc_norm": True, "norm_output": True}}
 _OWN = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rope_parameters")
 _COPIED = ("rms_norm_eps", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -36,21 +37,21 @@ def init_draft(
     draft_vocab_size: int = 32_000,
     dtype: str = "auto",
     seed: int = 0,
-    recipe: Recipe = "eagle3",
+    variant: Mapping[str, Any] = MappingProxyType({}),
     counts_V: torch.Tensor | None = None,
 ) -> Path:
     """Write a draft with random weights for the target to ``out``.
 
     A draft vocabulary smaller than the target's takes the tokens with the highest ``counts_V`` (int64 [V]), or else
     the lowest ids, which BPE merges first. ``lm_head`` starts as the target's rows of these ids, as it reads a hidden
-    state of the same width.
+    state of the same width. ``variant`` holds keys of config.json that differ from a plain EAGLE3 draft's.
     """
     folder = resolve_target(target_path)
     target = load_target_config(folder)
     _, head_VH = load_embedding_and_head(folder)
     if dtype == "auto":
         dtype = _name(head_VH.dtype)
-    config = draft_config(target, draft_vocab_size, dtype, fingerprint_target(folder)) | RECIPES[recipe]
+    config = draft_config(target, draft_vocab_size, dtype, fingerprint_target(folder)) | variant
     V, D = config["vocab_size"], config["draft_vocab_size"]
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -86,13 +87,19 @@ def coverage(counts_V: torch.Tensor, D: int) -> str:
 def import_draft(given: Path, target_path: Path, out: Path) -> Path:
     """Write a draft from elsewhere to ``out``, in the layout and with the fingerprint that drafts have here.
 
-    Its embedding is left out, as SGLang shares the target's; ``t2d`` is made where it is missing.
+    Of an EAGLE3 draft, the embedding is left out, as SGLang shares the target's, and ``t2d`` is made where it is
+    missing. Any other kind has to come in the layout that it has here.
 
     Raises:
-        CheckpointError: it is no one-layer Llama-style EAGLE3 draft, it was trained here for another target, or a
-            tensor does not fit the target.
+        CheckpointError: it is of no known kind, it is an EAGLE3 draft of several layers, it was trained here for
+            another target, or a tensor does not fit the target.
     """
     raw, fingerprint = load_config(given), fingerprint_target(target_path)
+    if kind_of(raw) is not EAGLE3:
+        tensors = read_tensors(given)
+        check_tensors(given, {FINGERPRINT_KEY: None, **raw}, tensors, fingerprint)
+        save_checkpoint(out, raw, tensors)
+        return out
     for name, accepted in _TRAINABLE.items():
         if raw.get(name) not in accepted:
             raise CheckpointError(

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from sglang_specforge.checkpoint import CheckpointError
-from sglang_specforge.drafts import UnknownDraft
-from sglang_specforge.new_draft import coverage, import_draft, init_draft
+from sglang_specforge.new_draft import RECIPES, coverage, import_draft, init_draft
 from sglang_specforge.settings import Run, SettingsError, load_settings
 from sglang_specforge.settings_flags import add_settings_flags, given_settings
 from sglang_specforge.sockets import EndpointTaken
@@ -28,7 +27,7 @@ from trainer.resume import Checkpoints, ResumeError
 from trainer.trackers import MissingTracker, Trackers
 
 _REFUSALS = (
-    SettingsError, DatasetError, TargetError, CheckpointError, UnknownDraft, ResumeError, MissingTracker,
+    SettingsError, DatasetError, TargetError, CheckpointError, ResumeError, MissingTracker,
     EndpointTaken,
 )  # fmt: skip
 
@@ -90,7 +89,11 @@ def _starting_draft(settings: OfflineSettings, target: Path, samples: StoredSamp
             import_draft(resolve_target(str(settings.draft)), target, draft)
         else:
             counts_V = samples.count_tokens(load_target_config(target).vocab_size)
-            chosen = {"draft_vocab_size": settings.draft_vocab_size, "counts_V": counts_V, "recipe": settings.recipe}
+            chosen = {
+                "draft_vocab_size": settings.draft_vocab_size,
+                "counts_V": counts_V,
+                "variant": RECIPES[settings.recipe],
+            }
             init_draft(str(target), draft, dtype=samples.manifest.served_dtype, seed=settings.seed, **chosen)
             print(coverage(counts_V, settings.draft_vocab_size))
     dist.barrier()

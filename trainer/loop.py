@@ -50,6 +50,7 @@ class Trainer:
         self._job, self._learner, self._source, self._told_to_stop = job, learner, source, told_to_stop
         self._checkpoints, self._versions = Checkpoints(job), VersionFolder(job.run_dir)
         self._first = dist.get_rank() == 0
+        self._saved_step = learner.step
         self._best = best  # acceptance length of the best version so far
 
     def run(self) -> None:
@@ -64,7 +65,8 @@ class Trainer:
                     self._publish()
             if self._first:
                 self._source.beat(passes is not None)
-        self._checkpoints.save(self._learner, self._source.position(), self._best)
+        if self._saved_step != self._learner.step:
+            self._save()
         self._source.close()
 
     def _publish(self) -> None:
@@ -80,9 +82,13 @@ class Trainer:
             if simulated.length is not None and simulated.length > (self._best or 0.0):
                 self._best = simulated.length
                 self._versions.mark_best(version)
-        self._checkpoints.save(self._learner, self._source.position(), self._best)
+        self._save()
         if version is not None:
             self._source.published(version, self._learner.step, simulated)
+
+    def _save(self) -> None:
+        self._checkpoints.save(self._learner, self._source.position(), self._best)
+        self._saved_step = self._learner.step
 
     def _any(self, flag: bool) -> bool:
         """Whether any process says so: all have to do the same next."""

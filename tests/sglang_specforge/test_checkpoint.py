@@ -114,7 +114,7 @@ def test_a_draft_from_elsewhere_is_taken_in(tmp_path, draft, target):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["LlamaForCausalLM"]}, r"architectures \['LlamaForCausalLM'\] cannot be trained"),
+        ({"architectures": ["LlamaForCausalLM"]}, "architecture 'LlamaForCausalLM' cannot be trained"),
         ({"num_hidden_layers": 2}, "num_hidden_layers 2 cannot be trained, only 1"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings True"),
         ({FINGERPRINT_KEY: "feedfacefeedface"}, "feedfacefeedface"),

@@ -1,8 +1,8 @@
 """A stored dataset: what lies where, and how its tensors are coded.
 
-A folder with ``dataset.json``, ``shards/<sha256>.safetensors`` and, for each shard, ``index/<sha256>.parquet``. A shard
-holds its samples end to end; the index says which rows are whose, with a checksum of their bytes. Shapes: N rows of a
-shard, T of them a sample's, H hidden.
+A folder with ``dataset.json``, ``shards/<digest>.safetensors`` and, for each shard, ``index/<digest>.parquet``, named
+by what the shard holds. Its samples lie end to end; the index says which rows are whose, with a checksum of their
+bytes. Shapes: N rows of a shard, T of them a sample's, H hidden.
 """
 
 from pathlib import Path
@@ -97,8 +97,12 @@ def checksum(rows: dict[str, Tensor]) -> int:
     """xxh3 over the bytes of a sample's rows, tensor by tensor in the order of their names."""
     digest = xxhash.xxh3_64()
     for name in sorted(rows):
-        digest.update(memoryview(rows[name].contiguous().view(-1).view(torch.uint8).numpy()))
+        digest.update(bytes_of(rows[name]))
     return digest.intdigest()
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def shard_path(folder: Path, name: str) -> Path:

@@ -48,6 +48,7 @@ class StoredSamples:
         self._open = lru_cache(maxsize=_OPEN_SHARDS)(self._open_shard)
         for file in index_paths(folder):
             self._add_shard(file)
+        self.entries.sort()  # by id, whatever shard they came to lie in
         if not self.entries:
             raise DatasetError(f"{folder} holds no sample that can be read: {'; '.join(self.damaged) or 'it is empty'}")
 

@@ -2,12 +2,13 @@
 
 import logging
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from pydantic import Field
 
+from sglang_specforge.new_draft import Recipe
 from sglang_specforge.training_settings import TrainingSettings
 from trainer.deal import deal
 from trainer.evaluate import Simulated
@@ -27,7 +28,7 @@ class OfflineSettings(TrainingSettings):
     data: Path = Field(description="Folder that `sglang-specforge capture` wrote.")
     target: Path | None = Field(None, description="Folder of the target; unset: where the captured server had it.")
     draft: Path | None = Field(None, description="Checkpoint to start from; unset: a random draft.")
-    recipe: Literal["eagle3", "eagle3.1"] = Field("eagle3", description="Kind of a random draft.")
+    recipe: Recipe = Field("eagle3", description="Kind of a random draft.")
     draft_vocab_size: int = Field(
         32_000, ge=8, description="Draft vocabulary of a random draft: the most frequent tokens."
     )

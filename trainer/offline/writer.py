@@ -13,6 +13,7 @@ from trainer.offline.layout import (
     INDEX,
     DatasetError,
     Manifest,
+    bytes_of,
     checksum,
     encode,
     index_paths,
@@ -62,14 +63,21 @@ class DatasetWriter:
         part = self._folder / "shards" / "part"
         save_file(tensors, part, metadata=metadata_of(self._manifest))
         part.chmod(0o600)  # what people asked and got
-        with part.open("rb") as stream:
-            name = hashlib.file_digest(stream, "sha256").hexdigest()[:32]
+        name = _digest(tensors)
         part.replace(shard_path(self._folder, name))
         index_part = self._folder / "index" / "part"
         pq.write_table(pa.Table.from_pylist(self._entries, schema=INDEX), index_part)
         index_part.chmod(0o600)
         index_part.replace(self._folder / "index" / f"{name}.parquet")
         self._rows, self._entries, self._buffered_rows = [], [], 0
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    """Of what a shard holds; the file's own bytes also depend on the order that safetensors wrote its header in."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(bytes_of(tensors[name]))
+    return digest.hexdigest()[:32]
 
 
 def _check_same(folder: Path, found: Manifest, wanted: Manifest) -> None:

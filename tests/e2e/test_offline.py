@@ -1,0 +1,148 @@
+"""Stored data on the real server: prepare, capture, train, serve; and simulation against what is served."""
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from sglang_specforge.contracts.control import TokenLedger
+from sglang_specforge.prepared import PreparedFile
+from sglang_specforge.training_settings import Job, TrainingSettings
+from sglang_specforge.versions import VersionFolder
+from tests.e2e.conftest import TARGET, outputs, prompts, settled, wait_for
+from trainer.assemble import Assembler
+from trainer.evaluate import simulate
+from trainer.inbox import Inbox
+from trainer.learner import load_draft, load_target
+from trainer.offline.reader import StoredSamples
+
+CAPTURING = {"trainer": "none"}
+STEP = {
+    "ttt-steps": 3, "batch-tokens": 1024, "learning-rate": 2e-3, "warmup-steps": 20, "draft-vocab-size": 768,
+    "loss-on": "generated",
+}  # fmt: skip
+ANSWER_TOKENS = 96
+
+
+def run(*command):
+    done = subprocess.run([sys.executable, "-m", *map(str, command)], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def make_dataset(client, folder, conversations):
+    """Prompts and the target's own answers, as stored states."""
+    rows = (
+        {"messages": [{"role": "user", "content": p}, {"role": "assistant", "content": "?"}]} for p in conversations
+    )
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    url = client.server.url
+    run("sglang_specforge", "prepare-data", folder / "rows.jsonl", "--out", folder / "data.parquet",
+        "--tokenizer", TARGET, "--regenerate", url, "--max-new-tokens", ANSWER_TOKENS)  # fmt: skip
+    command = (
+        "sglang_specforge",
+        "capture",
+        "--data",
+        folder / "data.parquet",
+        "--out",
+        folder / "states",
+        "--url",
+        url,
+    )
+    assert "in all" in run(*command, "--estimate")
+    run(*command)
+    assert "stored 0 sequences" in run(*command)
+    return folder / "states"
+
+
+def train(data, run_dir, epochs):
+    flags = {**STEP, "data": data, "run-dir": run_dir, "epochs": epochs, "schedule": "cosine"}
+    run("trainer", *(part for name, value in flags.items() for part in (f"--{name}", value)))
+    versions = VersionFolder(run_dir)
+    return versions.path(versions.newest())
+
+
+def accepted(answers):
+    """SGLang's acceptance length, as a mean over requests."""
+    return sum(a["meta_info"]["spec_accept_length"] for a in answers) / len(answers)
+
+
+def test_prepared_captured_trained_and_served(start, reference, tmp_path):
+    expected = reference()
+    client = start("--dtype", "float32", training=CAPTURING)
+    data = make_dataset(client, tmp_path, prompts(80, seed=100))
+    stored = {entry.id: entry for entry in StoredSamples(data).entries}
+    prepared = list(PreparedFile(tmp_path / "data.parquet"))
+    assert len(stored) == len(prepared) >= 75
+    sample = StoredSamples(data).load(stored[prepared[3].id])
+    assert sample.tokens_T.tolist() == prepared[3].input_ids
+    best = train(data, tmp_path / "run", epochs=12)
+
+    client = start("--dtype", "float32", "--speculative-draft-model-path", best, training=CAPTURING)
+    samples, answers = serve_and_listen(client, prompts(100, seed=200))
+    assert outputs(client.generate_all(prompts(50))) == expected
+    assert accepted(answers) > 1.5
+    assert_simulation_agrees(client, best, samples, answers)
+
+
+def serve_and_listen(client, texts):
+    """Answers, and the samples that a trainer would have got of them."""
+    ledger = TokenLedger()
+    inbox = Inbox(client.status()["spans_endpoint"], Assembler(ledger, 4096), ledger)
+    rids, samples = [f"heard-{i}" for i in range(len(texts))], {}
+
+    def hear():
+        samples.update({sample.rid: sample for sample in inbox.receive(0.1)})
+        return set(rids) <= set(samples)
+
+    def ask(rid, text):
+        # A key of its own keeps the prefix cache out: all of the sequence is computed, and heard.
+        sampling = {"temperature": 0, "max_new_tokens": ANSWER_TOKENS}
+        answer = client.post(
+            "/generate", json={"text": text, "rid": rid, "extra_key": rid, "sampling_params": sampling}
+        )
+        answer.raise_for_status()
+        return answer.json()
+
+    with ThreadPoolExecutor(6) as pool:
+        answers = [pool.submit(ask, *request) for request in zip(rids, texts, strict=True)]
+        wait_for("the states of all requests", hear, 300)
+    inbox.close()
+    return [samples[rid] for rid in rids], [answer.result() for answer in answers]
+
+
+def assert_simulation_agrees(client, checkpoint, samples, answers):
+    status = client.status()
+    job = Job(
+        settings=TrainingSettings(), target_path=status["target_path"], target_fingerprint=status["target_fingerprint"],
+        draft_path=str(checkpoint), served_dtype="float32", draft_steps=3,
+    )  # fmt: skip
+    draft, target = load_draft(job, checkpoint), load_target(job, torch.float32, torch.device("cpu"))
+    lengths = []
+    for sample, answer in zip(samples, answers, strict=True):
+        found = simulate(draft, target, [sample], 3)
+        assert found.tokens == answer["meta_info"]["completion_tokens"]
+        lengths.append(found.tokens / found.verify_steps)
+    assert sum(lengths) / len(lengths) == pytest.approx(accepted(answers), rel=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_offline_training_reaches_what_the_live_loop_reaches_on_the_same_tokens(start, tmp_path):
+    conversations, held_out, epochs = prompts(300, seed=100), prompts(100, seed=200), 8
+    data = make_dataset(start("--dtype", "float32", training=CAPTURING), tmp_path, conversations)
+    asked = [p.input_ids[: p.loss_mask.index(True)] for p in PreparedFile(tmp_path / "data.parquet")]
+    offline = train(data, tmp_path / "run", epochs)
+    given = ["--speculative-draft-model-path", offline]
+    reached = accepted(start("--dtype", "float32", *given, training=CAPTURING).generate_all(held_out, ANSWER_TOKENS))
+
+    live = start("--dtype", "float32", training={**STEP, "epochs-per-token": epochs, "publish-every-s": 5})
+    live.generate_all(asked, ANSWER_TOKENS)
+    wait_for("the live loop has trained on all of it", lambda: live.status()["trainer"]["state"] == "waiting", 900)
+    status = settled(live)
+    live_reached = accepted(live.generate_all(held_out, ANSWER_TOKENS))
+    print(f"offline {reached:.3f}, live {live_reached:.3f} after {status['tokens']['trained']:,} tokens")
+    assert reached >= live_reached
