@@ -10,12 +10,8 @@ kernel; where that can't run (on a CPU), its own eager reference of it takes its
 of all steps of the training-time test. Peak memory is the process's resident set above what it held before the step.
 """
 
-import ctypes
-import json
-import platform
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,19 +21,20 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
+from measuring import peak_bytes, save_record
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from sglang_specforge.checkpoint import expected_shapes
-from trainer.draft import Eagle3Draft
-from trainer.loss import FrozenTarget, unroll
-from trainer.sample import Sample, pack
+from sglang_specforge.drafts import EAGLE3, expected_shapes
+from sglang_specforge.training_settings import TrainingSettings
+from trainer.eagle3 import Eagle3Draft
+from trainer.loss import FrozenTarget, Goal, unroll
+from trainer.sample import Sample, count_rows, pack
 
 PEER = Path(__file__).parent / ".peer"
 DECAY = 0.8
-_M_MMAP_THRESHOLD = -3
 
 
 @dataclass(frozen=True)
@@ -60,6 +57,7 @@ SHAPES = (
 
 def make_config(shape: Shape) -> dict[str, Any]:
     return {
+        "architectures": [EAGLE3.architecture],
         "hidden_size": shape.H, "vocab_size": shape.V, "draft_vocab_size": shape.D, "intermediate_size": 3 * shape.H,
         "num_attention_heads": shape.H // 64, "num_key_value_heads": shape.H // 128, "head_dim": 64,
         "rms_norm_eps": 1e-5, "max_position_embeddings": 2048,
@@ -68,11 +66,12 @@ def make_config(shape: Shape) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def make_weights(config: dict[str, Any]) -> dict[str, Tensor]:
+def make_weights(shape: Shape) -> dict[str, Tensor]:
+    config = make_config(shape)
     D, V = config["draft_vocab_size"], config["vocab_size"]
     weights = {
-        name: torch.ones(shape) if len(shape) == 1 else 0.02 * torch.randn(shape)
-        for name, shape in expected_shapes(config).items()
+        name: torch.ones(size) if len(size) == 1 else 0.02 * torch.randn(size)
+        for name, size in expected_shapes(config).items()
     }
     ids_D = torch.randperm(V)[:D].sort().values
     return {
@@ -85,8 +84,8 @@ def make_weights(config: dict[str, Any]) -> dict[str, Tensor]:
 def make_samples(shape: Shape) -> list[Sample]:
     return [
         Sample(
-            f"r{i}", 0, int(shape.prompt * T), torch.randint(shape.V, (T,)), torch.randn(T, 3 * shape.H),
-            torch.randn(T, shape.H), 0, [],
+            f"r{i}", 0, torch.randint(shape.V, (T,)), torch.randn(T, 3 * shape.H), torch.randn(T, shape.H),
+            torch.arange(T) + 1 >= int(shape.prompt * T), torch.full((T,), -1),
         )
         for i, T in enumerate(shape.lengths)
     ]  # fmt: skip
@@ -95,15 +94,22 @@ def make_samples(shape: Shape) -> list[Sample]:
 Step = Callable[[], tuple[float, Tensor]]  # the loss and a gradient to compare
 
 
-def our_step(shape: Shape, weights: dict[str, Tensor], target: FrozenTarget, samples: list[Sample]) -> Step:
+def our_step(
+    shape: Shape,
+    weights: dict[str, Tensor],
+    target: FrozenTarget,
+    samples: list[Sample],
+    keep_gradients: bool = False,
+) -> Step:
     draft = Eagle3Draft(make_config(shape))
     draft.load_state_dict(weights)
-    generated_only = shape.prompt > 0
+    settings = TrainingSettings(ttt_steps=shape.steps, ttt_decay=DECAY, loss_on="generated" if shape.prompt else "all")
 
     def step() -> tuple[float, Tensor]:
-        draft.zero_grad()
-        packed = pack(samples, torch.device("cpu"))
-        loss = unroll(draft, target, packed, shape.steps, DECAY, generated_only).loss
+        draft.zero_grad(set_to_none=not keep_gradients)
+        rows_K = count_rows(samples, shape.steps, shape.prompt > 0)
+        goal = Goal.of(settings, rows_K, [0.0] * shape.steps)
+        loss = unroll(draft, target, pack(samples, torch.device("cpu")), goal).loss
         loss.backward()
         return loss.item(), draft.fc.weight.grad
 
@@ -129,7 +135,7 @@ def peer_step(shape: Shape, weights: dict[str, Tensor], target: FrozenTarget, sa
         model.zero_grad()
         T_B = torch.tensor(shape.lengths)
         row_BL = torch.arange(max(shape.lengths)).expand(len(samples), -1)
-        prompt_B1 = torch.tensor([[s.prompt_tokens] for s in samples])
+        prompt_B1 = torch.tensor([[int(shape.prompt * T)] for T in shape.lengths])
         mask_BL = (row_BL + 1 < T_B[:, None]) & (row_BL + 2 >= prompt_B1)
         losses, *_ = model(
             input_ids=pad_sequence([shifted(s.tokens_T) for s in samples], batch_first=True),
@@ -149,25 +155,9 @@ def peer_step(shape: Shape, weights: dict[str, Tensor], target: FrozenTarget, sa
     return step
 
 
-def peak_bytes(step: Step) -> int:
-    """Highest resident set during a step, above the one before it."""
-    libc = ctypes.CDLL("libc.so.6")
-    libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)  # large blocks go back to the system when they are freed
-    libc.malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = _resident("VmRSS")
-    step()
-    return _resident("VmHWM") - before
-
-
-def _resident(name: str) -> int:
-    line = next(ln for ln in Path("/proc/self/status").read_text().splitlines() if ln.startswith(name))
-    return int(line.split()[1]) << 10
-
-
 def make_steps(shape: Shape) -> dict[str, Step]:
     torch.manual_seed(0)
-    weights, samples = make_weights(make_config(shape)), make_samples(shape)
+    weights, samples = make_weights(shape), make_samples(shape)
     target = FrozenTarget(torch.randn(shape.V, shape.H), 0.1 * torch.randn(shape.V, shape.H))
     return {
         make.__name__.removesuffix("_step"): make(shape, weights, target, samples) for make in (our_step, peer_step)
@@ -237,22 +227,8 @@ def main(
         sample |= measure_memory(shape, rounds=1 if quick else 3)
     show(samples)
     if json_file:
-        record = {
-            "machine": {
-                "architecture": platform.machine(),
-                "threads": torch.get_num_threads(),
-                "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            },
-            "versions": {"torch": torch.__version__, "specforge": "0.2.0", "python": platform.python_version()},
-            "command": " ".join(sys.argv),
-            "ratios": {
-                f"{s['shape']['name']}: {name}": s[f"{name}_ratio"] for s in samples for name in ("speed", "memory")
-            },
-            "samples": samples,
-        }
-        with tempfile.NamedTemporaryFile("w", dir=json_file.parent, delete=False) as part:
-            part.write(json.dumps(record, indent=1) + "\n")
-        Path(part.name).replace(json_file)
+        ratios = {f"{s['shape']['name']}: {name}": s[f"{name}_ratio"] for s in samples for name in ("speed", "memory")}
+        save_record(json_file, " ".join(sys.argv), ratios, samples, specforge="0.2.0")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 
 SCHEMA = pa.schema(
     [
@@ -30,6 +31,12 @@ class Prepared(NamedTuple):
     input_ids: list[int]
     loss_mask: list[bool]
 
+    def count_into(self, counts_V: torch.Tensor) -> int:
+        """Add its learnt tokens to their counts; returns how many they are. Ids past the vocabulary are left out."""
+        learnt = torch.tensor(self.input_ids)[torch.tensor(self.loss_mask)]
+        counts_V += learnt[learnt < counts_V.numel()].bincount(minlength=counts_V.numel())
+        return learnt.numel()
+
     @classmethod
     def of(cls, input_ids: list[int], loss_mask: list[bool]) -> "Prepared":
         digest = hashlib.sha256(np.asarray(input_ids, np.int32).tobytes())
@@ -51,6 +58,13 @@ class PreparedFile:
 
     def __len__(self) -> int:
         return self._file.metadata.num_rows
+
+    def count_tokens(self, vocab_size: int) -> torch.Tensor:
+        """How often each token is one to be learnt, int64 [V]."""
+        counts_V = torch.zeros(vocab_size, dtype=torch.int64)
+        for sequence in self:
+            sequence.count_into(counts_V)
+        return counts_V
 
     def __iter__(self) -> Iterator[Prepared]:
         for batch in self._file.iter_batches(_ROWS, columns=SCHEMA.names):

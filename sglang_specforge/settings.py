@@ -33,8 +33,13 @@ class DraftTrainingSettings(TrainingSettings):
     ring_mb: int = Field(256, ge=1, description="Host memory for captured states on their way to the trainer, in MiB.")
     max_sample_tokens: int = Field(2048, ge=8, description="Longest sample; the rest of a longer request is dropped.")
     replay_tokens: int = Field(262_144, ge=8, description="Tokens the trainer keeps to train on again.")
+    replay_policy: Literal["newest", "reservoir"] = Field(
+        "newest", description="Which samples stay when there are too many: the newest, or a thinning share of all."
+    )
     epochs_per_token: float = Field(4.0, gt=0, description="How often, on average, a captured token is trained on.")
-    holdout_every: int = Field(20, ge=2, description="One sample in so many is held out for evaluation.")
+    holdout_every: int = Field(
+        20, ge=2, description="About one sequence in so many is held out for evaluation, by its content."
+    )
     publish_every_s: float = Field(60.0, gt=0, description="Shortest time between two published versions, in seconds.")
     draft_vocab_size: int = Field(32_000, ge=8, description="Largest draft vocabulary of a draft created here.")
 

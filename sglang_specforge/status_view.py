@@ -29,6 +29,10 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
         ("  dropped", ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()) or "0"),
         ("trainer", f"{trainer['state']}, step {trainer['step']}, loss {_number(trainer['loss'])}"),
         ("  held-out acceptance", _number(trainer["held_out_acceptance_length"])),
+        (
+            "  trains on",
+            f"{trainer['staleness']['buffered_samples']:,} samples, of the last step {_age(trainer['staleness'])}",
+        ),
         ("  parity", f"{trainer['parity']['agreed']}/{trainer['parity']['compared']}"),
     ]
     if process := trainer["process"]:
@@ -40,6 +44,10 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append((f"version {version} stays out", why))
     rows += [("exporter stopped", export["failure"]) for export in status["export"] if export["failure"]]
     return rows
+
+
+def _age(staleness: dict[str, float]) -> str:
+    return f"{staleness['mean_age_s']:.0f} s old, {staleness['oldest_age_s']:.0f} s at most"
 
 
 def _number(value: float | None) -> str:

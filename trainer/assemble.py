@@ -102,7 +102,7 @@ class Assembler:
         index_T = base[torch.searchsorted(torch.tensor(used), piece_T[:kept])] + row_T[:kept]
         joined = {name: torch.cat([rows[name] for _, _, rows in pieces])[index_T] for name in pieces[0][2]}
         versions = {version for _, version, _ in request.pieces}
-        rejected_T = torch.full((kept,), -1)
+        rejected_T, next_T = torch.full((kept,), -1), start + 1 + torch.arange(kept)
         for span, _, _ in pieces:
             if (last := span.start - start + span.length - 1) < kept:
                 rejected_T[last] = span.rejected
@@ -112,7 +112,7 @@ class Assembler:
             tokens_T=joined["tokens_N"],
             aux_T3H=joined["aux_N3H"],
             last_TH=joined["last_NH"],
-            generated_T=start + 1 + torch.arange(kept) >= request.prompt_tokens,
+            generated_T=(next_T >= request.prompt_tokens) & (next_T < total_tokens),
             rejected_T=rejected_T,
             draft_version=versions.pop() if len(versions) == 1 else None,
             proposals=[(s.start, s.proposed) for s, _, _ in pieces if s.proposed >= 0 and s.start < start + kept],

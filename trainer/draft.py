@@ -44,7 +44,11 @@ class Draft(nn.Module):
         """The state that step 0 begins with, from the captured aux hidden states."""
         raise NotImplementedError
 
-    def advance(self, embed_NH: Tensor, state_NF: Tensor, positions_N: Tensor, past: Past) -> tuple[Tensor, Tensor]:
+    def read(self, embed_NH: Tensor) -> Tensor:
+        """What a step reads of a token, made once for all steps; by default its embedding."""
+        return embed_NH
+
+    def advance(self, read_NF: Tensor, state_NF: Tensor, positions_N: Tensor, past: Past) -> tuple[Tensor, Tensor]:
         """One step: the hidden state [N, H] that ``lm_head`` reads, and the state of the next step.
 
         Appends the step's keys and values to ``past``.
@@ -75,24 +79,25 @@ class Draft(nn.Module):
         head is whole only in here, under FSDP.
         """
         state_NF, past, hidden_KNH = self.start(aux_N3H), Past(bounds), []
+        read_NF = F.pad(self.read(embed_NH), (0, 0, 0, steps))
         for k in range(steps):
-            later_embed_NH = F.pad(embed_NH, (0, 0, 0, 1 + k))[1 + k :]
-            hidden_NH, state_NF = self._advance(later_embed_NH, state_NF, positions_N + k, past)
+            later_NF = read_NF[1 + k : 1 + k + embed_NH.shape[0]]
+            hidden_NH, state_NF = self._advance(later_NF, state_NF, positions_N + k, past)
             hidden_KNH.append(hidden_NH)
         return objective(hidden_KNH, self.lm_head.weight)
 
-    def _advance(self, embed_NH: Tensor, state_NF: Tensor, positions_N: Tensor, past: Past) -> tuple[Tensor, Tensor]:
+    def _advance(self, read_NF: Tensor, state_NF: Tensor, positions_N: Tensor, past: Past) -> tuple[Tensor, Tensor]:
         if not (self.checkpoints_activations and torch.is_grad_enabled()):
-            return self.advance(embed_NH, state_NF, positions_N, past)
+            return self.advance(read_NF, state_NF, positions_N, past)
         steps = len(past.keys)
 
-        def pure(embed_NH: Tensor, state_NF: Tensor, positions_N: Tensor, *pairs: Tensor) -> tuple[Tensor, ...]:
+        def pure(read_NF: Tensor, state_NF: Tensor, positions_N: Tensor, *pairs: Tensor) -> tuple[Tensor, ...]:
             inner = Past(past.bounds, list(pairs[:steps]), list(pairs[steps:]))
-            hidden_NH, next_NF = self.advance(embed_NH, state_NF, positions_N, inner)
+            hidden_NH, next_NF = self.advance(read_NF, state_NF, positions_N, inner)
             return hidden_NH, next_NF, inner.keys[-1], inner.values[-1]
 
         hidden_NH, next_NF, key, value = checkpoint(
-            pure, embed_NH, state_NF, positions_N, *past.keys, *past.values, use_reentrant=False
+            pure, read_NF, state_NF, positions_N, *past.keys, *past.values, use_reentrant=False
         )
         past.keys.append(key)
         past.values.append(value)

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from trainer.draft import Draft, Past
-from trainer.layers import MLP, RMSNorm, RotaryEmbedding, TTTAttention
+from trainer.layers import MLP, RMSNorm, Rotary, RotaryEmbedding, TTTAttention
 
 
 class MidLayer(nn.Module):
-    """The one decoder layer; reads the token's embedding beside the hidden state."""
+    """The one decoder layer; ``read_NF`` is what it reads of the token's embedding."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -25,10 +25,13 @@ class MidLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(H, eps)
         self.self_attn, self.mlp = TTTAttention(config), MLP(config)
 
-    def forward(self, embed_NH: Tensor, hidden_NH: Tensor, rotary: Any, past: Past) -> tuple[Tensor, Tensor]:
+    def read_embed(self, embed_NH: Tensor) -> Tensor:
+        return self.self_attn.read_embed(self.input_layernorm(embed_NH))
+
+    def forward(self, read_NF: Tensor, hidden_NH: Tensor, rotary: Rotary, past: Past) -> tuple[Tensor, Tensor]:
         """The MLP's output and the residual to add to it."""
-        x_N2H = torch.cat([self.input_layernorm(embed_NH), self.hidden_norm(hidden_NH)], -1)
-        normed_NH, residual_NH = self.post_attention_layernorm.add(self.self_attn(x_N2H, rotary, past), hidden_NH)
+        attended_NH = self.self_attn(read_NF, self.hidden_norm(hidden_NH), rotary, past)
+        normed_NH, residual_NH = self.post_attention_layernorm.add(attended_NH, hidden_NH)
         return self.mlp(normed_NH), residual_NH
 
 
@@ -56,7 +59,10 @@ class Eagle3Draft(Draft):
             aux_N3H = torch.cat([norm(aux_NH) for norm, aux_NH in layers], -1)
         return self.fc(aux_N3H)
 
-    def advance(self, embed_NH: Tensor, state_NF: Tensor, positions_N: Tensor, past: Past) -> tuple[Tensor, Tensor]:
+    def read(self, embed_NH: Tensor) -> Tensor:
+        return self.midlayer.read_embed(embed_NH)
+
+    def advance(self, read_NF: Tensor, state_NF: Tensor, positions_N: Tensor, past: Past) -> tuple[Tensor, Tensor]:
         rotary = self._rotary(state_NF, positions_N)
-        normed_NH, hidden_NH = self.norm.add(*self.midlayer(embed_NH, state_NF, rotary, past))
+        normed_NH, hidden_NH = self.norm.add(*self.midlayer(read_NF, state_NF, rotary, past))
         return normed_NH, normed_NH if self._norms_output else hidden_NH

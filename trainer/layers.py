@@ -71,25 +71,38 @@ class RotaryEmbedding:
 
 
 class TTTAttention(nn.Module):
-    """Reads the token's embedding beside the hidden state; see ``trainer.attention`` for what a row attends to."""
+    """Reads the token's embedding beside the hidden state; see ``trainer.attention`` for what a row attends to.
+
+    A projection of both is the sum of two: the embedding's is the same at every step but for its place, so it is made
+    once (``read_embed``).
+    """
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
-        H, self.P = config.hidden_size, config.head_dim
-        self.q_proj = nn.Linear(2 * H, config.num_attention_heads * self.P, bias=False)
-        self.k_proj = nn.Linear(2 * H, config.num_key_value_heads * self.P, bias=False)
-        self.v_proj = nn.Linear(2 * H, config.num_key_value_heads * self.P, bias=False)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.P, H, bias=False)
+        self.H, self.P = config.hidden_size, config.head_dim
+        self.q_proj = nn.Linear(2 * self.H, config.num_attention_heads * self.P, bias=False)
+        self.k_proj = nn.Linear(2 * self.H, config.num_key_value_heads * self.P, bias=False)
+        self.v_proj = nn.Linear(2 * self.H, config.num_key_value_heads * self.P, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.P, self.H, bias=False)
 
-    def forward(self, x_N2H: Tensor, rotary: Rotary, past: Past) -> Tensor:
+    def read_embed(self, embed_NH: Tensor) -> Tensor:
+        """The normed embedding's part of query, key and value, side by side."""
+        return torch.cat([F.linear(embed_NH, p.weight[:, : self.H]) for p in self._projections()], -1)
+
+    def forward(self, read_NF: Tensor, hidden_NH: Tensor, rotary: Rotary, past: Past) -> Tensor:
         """Appends this step's keys and values to ``past``."""
+        widths = [p.out_features for p in self._projections()]
         q_QNP, k_GNP, v_GNP = (
-            proj(x_N2H).unflatten(-1, (-1, self.P)).transpose(0, 1) for proj in (self.q_proj, self.k_proj, self.v_proj)
+            torch.addmm(read, hidden_NH, p.weight[:, self.H :].mT).unflatten(-1, (-1, self.P)).transpose(0, 1)
+            for read, p in zip(read_NF.split(widths, -1), self._projections(), strict=True)
         )
         past.keys.append(rotate(k_GNP, *rotary))
         past.values.append(v_GNP)
         out_QNP = attend(rotate(q_QNP, *rotary), past.keys, past.values, past.bounds)
         return self.o_proj(out_QNP.transpose(0, 1).flatten(1))
+
+    def _projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        return self.q_proj, self.k_proj, self.v_proj
 
 
 class MLP(nn.Module):
@@ -101,7 +114,25 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(intermediate, H, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return _GatedDown.apply(self.gate_proj(x), self.up_proj(x), self.down_proj.weight)
+
+
+class _GatedDown(torch.autograd.Function):
+    """``(silu(gate) * up) @ down.T``; the product is made again in the backward pass instead of being kept."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_NI: Tensor, up_NI: Tensor, down_HI: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_NI, up_NI, down_HI)
+        return F.linear(F.silu(gate_NI) * up_NI, down_HI)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        gate_NI, up_NI, down_HI = ctx.saved_tensors
+        silu_NI = F.silu(gate_NI)
+        grad_down_HI = grad_NH.mT @ (silu_NI * up_NI)
+        grad_NI = grad_NH @ down_HI
+        grad_gate_NI = torch.ops.aten.silu_backward(grad_NI * up_NI, gate_NI)
+        return grad_gate_NI, grad_NI.mul_(silu_NI), grad_down_HI
 
 
 def rotate(x_HNP: Tensor, cos_1NP: Tensor, sin_1NP: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ from trainer import objectives
 from trainer.draft import Draft
 from trainer.sample import Pack
 
-_CHUNK_LOGITS = 1 << 20  # logits in memory at a time
+_CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 27}  # target logits in memory at a time: enough to fill the device
+_LEAST_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Teacher:
 
     def in_chunks(self, row_M: Tensor) -> Iterator[Taught]:
         """The teacher rows, so many at a time that their logits stay small."""
-        for row_C in row_M.split(max(1, _CHUNK_LOGITS // self._head_VH.shape[0])):
+        for row_C in row_M.split(_chunk_rows(self._head_VH)):
             yield self._taught(row_C)
 
     def draft_ids(self, token_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,6 +131,10 @@ class Teacher:
         known_CD = logits_CV[:, self._ids_D]
         mass_C = (known_CD.logsumexp(-1) - logits_CV.logsumexp(-1)).exp()
         return Taught(row_C, known_CD.softmax(-1), mass_C, *best, *rejected)
+
+
+def _chunk_rows(head_VH: Tensor) -> int:
+    return max(_LEAST_ROWS, _CHUNK_LOGITS[head_VH.device.type] // head_VH.shape[0])
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -168,8 +173,9 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        head_DH, *hidden_KNH = ctx.saved_tensors
-        return grad * head_DH, None, None, None, *(grad.to(h.dtype) * h for h in hidden_KNH)
+        # Made for this pass alone, so they are scaled where they are.
+        head_DH, *hidden_KNH = (t.mul_(grad.to(t.dtype)) for t in ctx.saved_tensors)
+        return head_DH, None, None, None, *hidden_KNH
 
 
 def _loss_of_rows(logits_SD: Tensor, taught: Taught, goal: Goal, k: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -50,7 +50,12 @@ class OnlineSource:
         parity = position.parity if same else control.Parity()
         self._parity = ParityCheck(self._run, learner.target, parity)
         self._replay = ReplayBuffer(
-            self._ledger, settings.replay_tokens, settings.holdout_every, settings.seed, settings.epochs_per_token
+            self._ledger,
+            settings.replay_tokens,
+            settings.holdout_every,
+            settings.seed,
+            settings.epochs_per_token,
+            settings.replay_policy,
         )
         self._assembler = Assembler(self._ledger, settings.max_sample_tokens)
         self._inbox = Inbox(self._run.spans_endpoint, self._assembler, self._ledger)
@@ -71,7 +76,7 @@ class OnlineSource:
         return share_out(batch, self._settings.micro_batch_tokens)
 
     def held_out(self) -> list[list[Sample]]:
-        newest = list(self._replay.held_out)[-_EVALUATED_SAMPLES:] if self._first else None
+        newest = self._replay.held_out[-_EVALUATED_SAMPLES:] if self._first else None
         return share_out(newest, pass_tokens=1) or []
 
     def is_finished(self) -> bool:
@@ -113,6 +118,7 @@ class OnlineSource:
                 held_out_acceptance_length=self._held_out_acceptance_length,
                 ledger=self._ledger,
                 parity=self._parity.parity,
+                staleness=self._replay.staleness,
                 malformed_messages=self._inbox.malformed,
                 resumed_from_step=self._resumed_from_step,
             )

@@ -1,35 +1,62 @@
 """Samples waiting for their first step, samples to train on again, and samples held out."""
 
+import hashlib
 import random
-from collections import deque
+import time
+from collections import OrderedDict
+from typing import Literal, NamedTuple
 
-from sglang_specforge.contracts.control import TokenLedger
+from sglang_specforge.contracts.control import Staleness, TokenLedger
 from trainer.sample import Sample
 
 _HELD_OUT_SAMPLES = 64  # the newest; evaluation follows what is being served
 
+Policy = Literal["newest", "reservoir"]
+
+
+class _Kept(NamedTuple):
+    sample: Sample
+    came_s: float
+
 
 class ReplayBuffer:
-    """Every ``holdout_every``-th sample is held out. The oldest go when ``capacity_tokens`` is reached.
+    """A token budget: fresh samples first, then older ones at random.
 
-    A token that comes in pays for ``epochs`` passes over a token, so that a quiet server is not overfitted.
+    What is held out is chosen by content, so that a sequence that comes again stays on its side. One that is there
+    already is not stored twice. A token that comes in pays for ``epochs`` passes over a token, so that a quiet server
+    is not overfitted. When ``capacity_tokens`` is reached, samples that were trained on go first: the oldest
+    (``newest``), or any of them (``reservoir``), which keeps a thinning share of the past.
     """
 
-    def __init__(self, ledger: TokenLedger, capacity_tokens: int, holdout_every: int, seed: int, epochs: float) -> None:
-        self.held_out: deque[Sample] = deque(maxlen=_HELD_OUT_SAMPLES)
+    def __init__(
+        self,
+        ledger: TokenLedger,
+        capacity_tokens: int,
+        holdout_every: int,
+        seed: int,
+        epochs: float,
+        policy: Policy = "newest",
+    ) -> None:
         self._ledger, self._capacity_tokens, self._holdout_every = ledger, capacity_tokens, holdout_every
-        self._epochs, self._credit_tokens = epochs, 0.0
-        self._fresh: deque[Sample] = deque()
-        self._trained: deque[Sample] = deque()
-        self._tokens = self._added = 0
+        self._epochs, self._credit_tokens, self._policy = epochs, 0.0, policy
+        self._held_out: OrderedDict[bytes, Sample] = OrderedDict()
+        self._fresh: OrderedDict[bytes, _Kept] = OrderedDict()
+        self._trained: OrderedDict[bytes, _Kept] = OrderedDict()
+        self._tokens = 0
         self._random = random.Random(seed)
+        self.staleness = Staleness()
 
     def __len__(self) -> int:
         return len(self._fresh) + len(self._trained)
 
     @property
+    def held_out(self) -> list[Sample]:
+        """Oldest first."""
+        return list(self._held_out.values())
+
+    @property
     def fresh_tokens(self) -> int:
-        return sum(map(len, self._fresh))
+        return sum(len(kept.sample) for kept in self._fresh.values())
 
     def can_fill(self, batch_tokens: int) -> bool:
         """There are samples for a whole batch, and passes over them left."""
@@ -37,39 +64,70 @@ class ReplayBuffer:
 
     def add(self, sample: Sample) -> bool:
         """Take in a sample; returns whether it is held out."""
-        self._added += 1
-        if self._added % self._holdout_every == 0:
-            self.held_out.append(sample)
-            self._ledger.held_out += len(sample)
+        key = _key(sample)
+        if int.from_bytes(key[:4], "little") % self._holdout_every == 0:
+            self._hold_out(key, sample)
             return True
-        self._fresh.append(sample)
-        self._tokens += len(sample)
         self._credit_tokens += self._epochs * len(sample)
-        while self._tokens > self._capacity_tokens and len(self) > 1:
-            if self._trained:
-                oldest = self._trained.popleft()
-            else:
-                oldest = self._fresh.popleft()
-                self._ledger.drop("replay_full", len(oldest))
-            self._tokens -= len(oldest)
+        if key in self._fresh or key in self._trained:
+            self._ledger.drop("duplicate", len(sample))
+        else:
+            self._fresh[key] = _Kept(sample, time.monotonic())
+            self._tokens += len(sample)
+            while self._tokens > self._capacity_tokens and len(self) > 1:
+                self._forget()
         self._credit_tokens = min(self._credit_tokens, self._epochs * self._capacity_tokens)
         return False
 
     def draw(self, batch_tokens: int) -> list[Sample]:
         """Samples for one step of at most ``batch_tokens`` tokens (or one sample that is longer): fresh ones first."""
-        batch: list[Sample] = []
+        batch: list[_Kept] = []
         tokens = 0
-        pool = self._random.sample(list(self._trained), len(self._trained))
+        pool = self._random.sample(list(self._trained.values()), len(self._trained))
         while self._fresh or pool:
-            sample = self._fresh[0] if self._fresh else pool[-1]
-            tokens += len(sample)
+            kept = next(iter(self._fresh.values())) if self._fresh else pool[-1]
+            tokens += len(kept.sample)
             if batch and tokens > batch_tokens:
                 break
-            batch.append(sample)
-            self._credit_tokens -= len(sample)
+            batch.append(kept)
+            self._credit_tokens -= len(kept.sample)
             if self._fresh:
-                self._trained.append(self._fresh.popleft())
-                self._ledger.trained += len(sample)
+                key, _ = self._fresh.popitem(last=False)
+                self._trained[key] = kept
+                self._ledger.trained += len(kept.sample)
             else:
                 pool.pop()
-        return batch
+        self._look_at_age(batch)
+        return [kept.sample for kept in batch]
+
+    def _hold_out(self, key: bytes, sample: Sample) -> None:
+        self._held_out.pop(key, None)
+        self._held_out[key] = sample
+        if len(self._held_out) > _HELD_OUT_SAMPLES:
+            self._held_out.popitem(last=False)
+        self._ledger.held_out += len(sample)
+
+    def _forget(self) -> None:
+        if not self._trained:
+            _, gone = self._fresh.popitem(last=False)
+            self._ledger.drop("replay_full", len(gone.sample))
+        elif self._policy == "newest":
+            _, gone = self._trained.popitem(last=False)
+        else:
+            gone = self._trained.pop(self._random.choice(list(self._trained)))
+        self._tokens -= len(gone.sample)
+
+    def _look_at_age(self, batch: list[_Kept]) -> None:
+        now_s = time.monotonic()
+        ages_s = [now_s - kept.came_s for kept in batch]
+        self.staleness = Staleness(
+            mean_age_s=sum(ages_s) / len(ages_s), oldest_age_s=max(ages_s), buffered_samples=len(self)
+        )
+
+
+def _key(sample: Sample) -> bytes:
+    """Equal for equal sequences; one whose beginning is not known is equal to none."""
+    digest = hashlib.sha256(sample.tokens_T.numpy().tobytes())
+    if sample.start:
+        digest.update(sample.rid.encode())
+    return digest.digest()

@@ -28,6 +28,14 @@ class Parity(msgspec.Struct, kw_only=True):
     agreed: int = 0
 
 
+class Staleness(msgspec.Struct, kw_only=True):
+    """How old the samples of the last step were, in seconds since they came, and how many are kept."""
+
+    mean_age_s: float = 0.0
+    oldest_age_s: float = 0.0
+    buffered_samples: int = 0
+
+
 class Heartbeat(msgspec.Struct, tag="heartbeat", kw_only=True):
     """What the trainer is doing."""
 
@@ -39,6 +47,7 @@ class Heartbeat(msgspec.Struct, tag="heartbeat", kw_only=True):
     held_out_acceptance_length: float | None = None  # predicted from held-out samples, greedy chain
     ledger: TokenLedger = msgspec.field(default_factory=TokenLedger)
     parity: Parity = msgspec.field(default_factory=Parity)
+    staleness: Staleness = msgspec.field(default_factory=Staleness)
     malformed_messages: int = 0
     resumed_from_step: int = 0
 

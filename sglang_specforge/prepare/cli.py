@@ -137,10 +137,8 @@ class Preparation:
         return prompt_ids + answer_ids, before + [True] * len(answer_ids)
 
     def _count(self, made: Prepared) -> None:
-        learnt = torch.tensor(made.input_ids)[torch.tensor(made.loss_mask)]
-        self.counts_V += learnt.bincount(minlength=self.counts_V.numel())[: self.counts_V.numel()]
         self._written, self._tokens = self._written + 1, self._tokens + len(made.input_ids)
-        self._learnt += learnt.numel()
+        self._learnt += made.count_into(self.counts_V)
 
 
 def _in_order(make: Any, rows: Iterable[dict[str, Any]], workers: int) -> Iterator[Any]:

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+from sglang_specforge.checkpoint import read_tensors
 from sglang_specforge.cli import app
 from sglang_specforge.prepare.conversations import Skipped, to_messages
 from sglang_specforge.prepare.tokens import ChatTokens
@@ -123,3 +125,19 @@ def test_regenerated_answers_are_the_targets_tokens_and_are_asked_for_once(tmp_p
     assert sum(first.loss_mask) > 3  # the first turn is learnt too
     assert second.input_ids[-3:] == [24, 30, 1]
     assert not (tmp_path / "out.parquet.answers.jsonl").exists()
+
+
+def test_a_draft_vocabulary_is_the_datas_most_frequent_tokens(tmp_path, tokenizer):
+    assert prepare(tmp_path, [{"messages": MESSAGES}]).exit_code == 0
+    (only,) = PreparedFile(tmp_path / "out.parquet")
+    made = CliRunner().invoke(
+        app,
+        ["init-draft", str(TOKENIZER), str(tmp_path / "draft"), "--draft-vocab-size", "16", "--recipe", "eagle3.1",
+         "--counts-from", str(tmp_path / "out.parquet")],
+    )  # fmt: skip
+    assert made.exit_code == 0, made.output
+    assert "16 of 1024 tokens hold 100.00% of" in made.output
+    tensors = read_tensors(tmp_path / "draft")
+    known = set((tensors["d2t"] + torch.arange(16)).tolist())
+    assert {i for i, m in zip(only.input_ids, only.loss_mask, strict=True) if m} <= known
+    assert "fc_norm.2.weight" in tensors

@@ -21,8 +21,11 @@ class LinearDraft(Draft):
     def start(self, aux_N3H: Tensor) -> Tensor:
         return self.fc(aux_N3H)
 
-    def advance(self, embed_NH: Tensor, state_NF: Tensor, positions_N: Tensor, past: Past) -> tuple[Tensor, Tensor]:
-        normed_NH, state_NF = self.norm.add(self.token(embed_NH), state_NF)
+    def read(self, embed_NH: Tensor) -> Tensor:
+        return self.token(embed_NH)
+
+    def advance(self, read_NF: Tensor, state_NF: Tensor, positions_N: Tensor, past: Past) -> tuple[Tensor, Tensor]:
+        normed_NH, state_NF = self.norm.add(read_NF, state_NF)
         return normed_NH, state_NF
 
 

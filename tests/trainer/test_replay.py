@@ -5,9 +5,9 @@ from tests.tiny import make_sample
 from trainer.replay import ReplayBuffer
 
 
-def make(capacity=1000, holdout_every=1000, epochs=2.0):
+def make(capacity=1000, holdout_every=1 << 32, epochs=2.0, policy="newest"):
     ledger = TokenLedger()
-    return ReplayBuffer(ledger, capacity, holdout_every, seed=0, epochs=epochs), ledger
+    return ReplayBuffer(ledger, capacity, holdout_every, seed=0, epochs=epochs, policy=policy), ledger
 
 
 def test_fresh_samples_come_first_and_are_counted_once():
@@ -21,13 +21,55 @@ def test_fresh_samples_come_first_and_are_counted_once():
     assert buffer.fresh_tokens == 0
 
 
-def test_held_out_samples_are_never_drawn():
+def test_held_out_sequences_are_never_drawn_however_often_they_come():
     buffer, ledger = make(holdout_every=2)
-    held = [buffer.add(make_sample(10, seed=seed)) for seed in range(6)]
-    assert held == [False, True] * 3
+    held = [buffer.add(make_sample(10, seed=seed)) for seed in range(20)]
+    assert 4 <= sum(held) <= 16
+    assert [buffer.add(make_sample(10, seed=seed)) for seed in range(20)] == held
     drawn = {s.rid for _ in range(20) for s in buffer.draw(30)}
-    assert drawn == {"r0", "r2", "r4"}
-    assert ledger.held_out == 30
+    assert drawn == {f"r{seed}" for seed in range(20) if not held[seed]}
+    assert ledger.held_out == 2 * 10 * sum(held)
+    assert len(buffer.held_out) == sum(held)
+
+
+def test_a_sequence_that_comes_again_is_not_stored_twice_but_pays():
+    buffer, ledger = make(epochs=2)
+    buffer.add(make_sample(10))
+    buffer.add(make_sample(10, rid="again"))
+    assert len(buffer) == 1
+    assert ledger.dropped == {"duplicate": 10}
+    passes = 0
+    while buffer.can_fill(10):
+        passes += len(buffer.draw(10))
+    assert passes == 4
+
+
+def test_equal_endings_of_unknown_beginnings_are_not_the_same():
+    buffer, _ = make()
+    buffer.add(make_sample(10, start=5, rid="a"))
+    buffer.add(make_sample(10, start=5, rid="b"))
+    assert len(buffer) == 2
+
+
+def test_a_reservoir_keeps_some_of_the_past():
+    kept = {}
+    for policy in ("newest", "reservoir"):
+        buffer, _ = make(capacity=200, policy=policy)
+        for seed in range(100):
+            buffer.add(make_sample(10, seed=seed))
+            buffer.draw(10)
+        kept[policy] = sorted(int(s.rid[1:]) for s in buffer.draw(200))
+    assert kept["newest"] == list(range(80, 100))
+    assert kept["reservoir"][0] < 70
+    assert len(kept["reservoir"]) == 20
+
+
+def test_the_age_of_what_is_trained_on_is_known():
+    buffer, _ = make()
+    buffer.add(make_sample(10))
+    buffer.draw(10)
+    assert buffer.staleness.buffered_samples == 1
+    assert 0 <= buffer.staleness.mean_age_s <= buffer.staleness.oldest_age_s < 60
 
 
 def test_tokens_pay_for_their_passes():
