@@ -25,7 +25,7 @@ from trainer.loss import FrozenTarget
 
 VOCABULARIES = (4_096, 8_192, 16_384, 32_768, 65_536, 131_072)
 LENGTHS = (1_024, 2_048, 4_096, 8_192, 16_384, 32_768)
-BY_VOCABULARY = Shape("vocabulary", H=64, V=131_072, D=0, lengths=(512,), prompt=0.0)
+BY_VOCABULARY = Shape("vocabulary", H=128, V=131_072, D=0, lengths=(512,), prompt=0.0)
 BY_LENGTH = Shape("length", H=128, V=8_192, D=4_096, lengths=(), prompt=0.0)
 
 
@@ -38,7 +38,7 @@ def measure(shape: Shape, whole: bool) -> dict[str, Any]:
     )  # fmt: skip
     chunk_rows = loss._chunk_rows
     if whole:
-        loss._chunk_rows = lambda head_VH: 1 << 30
+        loss._chunk_rows = lambda head_VH, D: 1 << 30
     try:
         step()  # gradients are there from here on
         return {"shape": asdict(shape), "whole": whole, "peak_bytes": peak_bytes(step)}
@@ -74,7 +74,7 @@ def main(
         found = measure(replace(BY_LENGTH, lengths=(length,)), whole=False)
         by_length.append((length, found, None, length))
         samples.append(found)
-    show("by draft vocabulary: 512 tokens, H=64, V=131,072", "draft vocabulary", by_vocabulary)
+    show("by draft vocabulary: 512 tokens, H=128, V=131,072", "draft vocabulary", by_vocabulary)
     show("by length: H=128, V=8,192, D=4,096", "tokens", by_length)
     if json_file:
         ratios = {f"whole/chunked at D={D}": whole / found["peak_bytes"] for D, found, whole, _ in by_vocabulary}

@@ -141,12 +141,18 @@ def draft_config(target: PretrainedConfig, draft_vocab_size: int, dtype: str, fi
         "head_dim": getattr(target, "head_dim", None) or target.hidden_size // heads,
         "vocab_size": target.vocab_size,
         "draft_vocab_size": min(draft_vocab_size, target.vocab_size),
-        "rope_parameters": dict(target.rope_parameters),
+        "rope_parameters": _rope_parameters(target),
         "tie_word_embeddings": False,
         "dtype": dtype,
         FINGERPRINT_KEY: fingerprint,
         **{name: getattr(target, name, None) for name in _COPIED},
     }
+
+
+def _rope_parameters(target: PretrainedConfig) -> dict[str, Any]:
+    """The target's, or those of its layers with full attention where they have others than the rest."""
+    found = target.rope_parameters
+    return dict(found.get("full_attention", found))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -20,8 +20,8 @@ from trainer import objectives
 from trainer.draft import Draft
 from trainer.sample import Pack
 
-_CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 27}  # target logits in memory at a time: enough to fill the device
-_LEAST_ROWS = 64
+_CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}  # in memory at a time: enough to fill the device
+_LEAST_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Teacher:
 
     def in_chunks(self, row_M: Tensor) -> Iterator[Taught]:
         """The teacher rows, so many at a time that their logits stay small."""
-        for row_C in row_M.split(_chunk_rows(self._head_VH)):
+        for row_C in row_M.split(_chunk_rows(self._head_VH, self._ids_D.numel())):
             yield self._taught(row_C)
 
     def draft_ids(self, token_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,8 +133,9 @@ class Teacher:
         return Taught(row_C, known_CD.softmax(-1), mass_C, *best, *rejected)
 
 
-def _chunk_rows(head_VH: Tensor) -> int:
-    return max(_LEAST_ROWS, _CHUNK_LOGITS[head_VH.device.type] // head_VH.shape[0])
+def _chunk_rows(head_VH: Tensor, D: int) -> int:
+    """So many that a chunk takes the same memory whatever the vocabularies: the target's logits, the draft's twice."""
+    return max(_LEAST_ROWS, _CHUNK_LOGITS[head_VH.device.type] // (head_VH.shape[0] + 2 * D))
 
 
 class _ChunkedLoss(torch.autograd.Function):

@@ -14,7 +14,11 @@ _EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
 _LATENT = {
     "q_lora_rank": None, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
     "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1,
-    "topk_group": 1, "topk_method": "greedy", "norm_topk_prob": True, **_EXPERTS,
+    "topk_group": 1, "topk_method": "greedy", "norm_topk_prob": True, "moe_layer_freq": 1, **_EXPERTS,
+    "rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 256, "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+    },
 }  # fmt: skip
 FAMILIES = {
     "llama": {"model_type": "llama", "head_dim": 16},
@@ -24,7 +28,10 @@ FAMILIES = {
     "deepseek_v2": {"model_type": "deepseek_v2", **_LATENT},
     "deepseek_v3": {"model_type": "deepseek_v3", **_LATENT, "topk_method": "noaux_tc"},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
-    "gpt_oss": {"model_type": "gpt_oss", "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "gpt_oss": {
+        "model_type": "gpt_oss", "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "intermediate_size": 64,
+    },
     "gemma3": {"model_type": "gemma3_text", "head_dim": 16, "tie_word_embeddings": True},
     "phi3": {"model_type": "phi3"},
     "llama4": {

@@ -105,7 +105,7 @@ def test_weights_of_steps_and_prompts_too(tmp_path):
 
 
 def test_chunks_change_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(loss, "_chunk_rows", lambda head: 5)
+    monkeypatch.setattr(loss, "_chunk_rows", lambda head, D: 5)
     compare(tmp_path, 32, objective="soft_ce", rejection_penalty=0.3)
 
 
