@@ -2,7 +2,7 @@
 
 A verification that starts at a row commits the leading drafts that are accepted, and one token of the target's. Where
 acceptance is a matter of chance, the expected number of verifications follows from the chance that one starts at each
-row, so the result is exact for the recorded sequence. Shapes: N rows, K drafts of a chain, S rows of a chunk, D draft
+row, so the result is exact for the recorded sequence. Shapes: N rows, K drafts of a chain, C rows of a chunk, D draft
 vocabulary.
 """
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.draft import Draft
-from trainer.loss import FrozenTarget, Teacher, run_draft
+from trainer.loss import FrozenTarget, Taught, Teacher, run_draft
 from trainer.sample import Pack, Sample, pack
 
 # greedy: the target's top token, as at temperature 0. target_only: a top draft is taken with the target's probability
@@ -95,16 +95,15 @@ class _Chances:
         chances_KN = torch.zeros(len(hidden_KNH), first_N.numel(), device=head_DH.device)
         for chunk in teacher.in_chunks(torch.arange(first_N.numel(), device=head_DH.device)):
             for k, hidden_NH in enumerate(hidden_KNH):
-                taught = chunk.at((chunk.row_C - first_N[chunk.row_C] > k).nonzero().flatten())
-                n_S = taught.row_C - 1 - k
-                logits_SD = F.linear(hidden_NH[n_S], head_DH).to(taught.teacher_CD.dtype)
-                if self._way == "greedy":
-                    chance_S = (logits_SD.argmax(-1) == taught.best_C) & taught.known_C
-                else:
-                    target_SD = taught.teacher_CD * taught.mass_C[:, None]
-                    if self._way == "sampled":
-                        chance_S = torch.minimum(target_SD, logits_SD.softmax(-1)).sum(-1)
-                    else:
-                        chance_S = target_SD.gather(-1, logits_SD.argmax(-1, keepdim=True))[:, 0]
-                chances_KN[k, n_S] = chance_S.to(chances_KN.dtype)
+                n_C, counts_C = chunk.learners(k)
+                logits_CD = F.linear(hidden_NH[n_C], head_DH).to(chunk.teacher_CD.dtype)
+                chances_KN[k].index_add_(0, n_C, (self._of(logits_CD, chunk) * counts_C).to(chances_KN.dtype))
         return chances_KN
+
+    def _of(self, logits_CD: Tensor, taught: Taught) -> Tensor:
+        if self._way == "greedy":
+            return (logits_CD.argmax(-1) == taught.best_C) & taught.known_C
+        target_CD = taught.teacher_CD * taught.mass_C[:, None]
+        if self._way == "sampled":
+            return torch.minimum(target_CD, logits_CD.softmax(-1)).sum(-1)
+        return target_CD.gather(-1, logits_CD.argmax(-1, keepdim=True))[:, 0]

@@ -2,8 +2,8 @@
 
 Row n of step k predicts the target's distribution over token n+2+k, which is what the target's last hidden state at
 its teacher row m = n+1+k gives (EAGLE-3, section 3.2). Logits exist for one chunk of teacher rows at a time, and
-only for rows that count; the gradient is made on the way. Shapes: N rows of the pack, C rows of a chunk, S of them at
-one step, H hidden, V target and D draft vocabulary, K steps.
+only for rows that count; the gradient is made on the way. Shapes: N rows of the pack, C rows of a chunk, H hidden,
+V target and D draft vocabulary, K steps.
 """
 
 import math
@@ -97,10 +97,14 @@ class Taught(NamedTuple):
     known_C: Tensor  # bool: there is such a draft id
     rejected_C: Tensor  # int64: draft id of the token that it refused when it was served
     refused_C: Tensor  # bool: there was one
+    before_C: Tensor  # int64: rows of its sample before it
 
-    def at(self, index_S: Tensor) -> "Taught":
-        """Some of the rows; ``index_S`` is ascending."""
-        return self if index_S.numel() == self.row_C.numel() else Taught(*(t[index_S] for t in self))
+    def learners(self, k: int) -> tuple[Tensor, Tensor]:
+        """The row that each teaches at step ``k``, and whether it is of the same sample; any other counts for nothing.
+
+        Rows are not picked out by that: on a GPU, it would have to be waited for.
+        """
+        return (self.row_C - 1 - k).clamp(min=0), self.before_C > k
 
 
 class Teacher:
@@ -125,12 +129,12 @@ class Teacher:
         logits_CV = F.linear(self.pack.last_NH[row_C].to(self._head_VH.dtype), self._head_VH)
         logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
         best = self.draft_ids(logits_CV.argmax(-1))
-        rejected = self.draft_ids(self.pack.rejected_N[row_C])
-        if self._ids_D.numel() == self._t2d_V.numel():
-            return Taught(row_C, logits_CV.softmax(-1), torch.ones_like(logits_CV[:, 0]), *best, *rejected)
-        known_CD = logits_CV[:, self._ids_D]
-        mass_C = (known_CD.logsumexp(-1) - logits_CV.logsumexp(-1)).exp()
-        return Taught(row_C, known_CD.softmax(-1), mass_C, *best, *rejected)
+        rejected, before_C = self.draft_ids(self.pack.rejected_N[row_C]), row_C - self.pack.first_row_N[row_C]
+        known_CD, mass_C = logits_CV, torch.ones_like(logits_CV[:, 0])
+        if self._ids_D.numel() < self._t2d_V.numel():
+            known_CD = logits_CV[:, self._ids_D]
+            mass_C = (known_CD.logsumexp(-1) - logits_CV.logsumexp(-1)).exp()
+        return Taught(row_C, known_CD.softmax(-1), mass_C, *best, *rejected, before_C)
 
 
 def _chunk_rows(head_VH: Tensor, D: int) -> int:
@@ -151,23 +155,20 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_head_DH = torch.zeros_like(head_DH, dtype=wide)
         grads_KNH = [torch.zeros_like(h) for h in hidden_KNH]
         for chunk in teacher.in_chunks(row_M):
-            early_C = chunk.row_C - teacher.pack.first_row_N[chunk.row_C]
+            weight_C = chunk.known_C * (1 + goal.rejection_weight * chunk.refused_C).to(wide)
             for k, hidden_NH in enumerate(hidden_KNH):
-                # The first rows of a sample are too early to teach step k.
-                taught = chunk.at((early_C > k).nonzero().flatten())
-                n_S = taught.row_C - 1 - k
-                hidden_SH = hidden_NH[n_S]
-                logits_SD = F.linear(hidden_SH, head_DH).to(wide)
-                loss_S, grad_SD, correct_S = _loss_of_rows(logits_SD, taught, goal, k)
-                weight_S = (taught.known_C * (1 + goal.rejection_weight * taught.refused_C) * goal.weights_K[k]).to(
-                    wide
+                n_C, counts_C = chunk.learners(k)
+                hidden_CH = hidden_NH[n_C]
+                loss_C, grad_CD, right_C = _loss_of_rows(
+                    F.linear(hidden_CH, head_DH).to(wide), chunk, counts_C, goal.objectives_K[k], goal
                 )
-                loss += loss_S @ weight_S
-                correct_K[k] += correct_S.sum()
+                correct_K[k] += (right_C & counts_C).sum()
                 # The weights go onto the smaller factors of the two products.
-                grad_SD, weight_S1 = grad_SD.to(head_DH.dtype), weight_S[:, None].to(head_DH.dtype)
-                grads_KNH[k][n_S] = (grad_SD @ head_DH).mul_(weight_S1)
-                _add_product(grad_head_DH, grad_SD.mT, hidden_SH * weight_S1)
+                weight_kC = weight_C * counts_C * goal.weights_K[k]
+                loss += loss_C @ weight_kC
+                grad_CD, weight_C1 = grad_CD.to(head_DH.dtype), weight_kC[:, None].to(head_DH.dtype)
+                grads_KNH[k].index_add_(0, n_C, (grad_CD @ head_DH).mul_(weight_C1))
+                _add_product(grad_head_DH, grad_CD.mT, hidden_CH * weight_C1)
         ctx.save_for_backward(grad_head_DH.to(head_DH.dtype), *grads_KNH)
         ctx.mark_non_differentiable(correct_K)
         return loss, correct_K
@@ -179,20 +180,22 @@ class _ChunkedLoss(torch.autograd.Function):
         return head_DH, None, None, None, *hidden_KNH
 
 
-def _loss_of_rows(logits_SD: Tensor, taught: Taught, goal: Goal, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [S] and its gradient [S, D] of rows that predict what ``taught`` says; whether the top choice is right."""
-    top_S, choice_S = logits_SD.max(-1)
-    draft_SD = logits_SD.softmax(-1)
-    lse_S = top_S - draft_SD.gather(-1, choice_S[:, None])[:, 0].log()
+def _loss_of_rows(
+    logits_CD: Tensor, taught: Taught, counts_C: Tensor, objective: objectives.Objective, goal: Goal
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss [C] and its gradient [C, D] of rows that predict what ``taught`` says; whether the top choice is right."""
+    top_C, choice_C = logits_CD.max(-1)
+    draft_CD = logits_CD.softmax(-1)
+    lse_C = top_C - draft_CD.gather(-1, choice_C[:, None])[:, 0].log()
     extra = None
     if goal.rejection_penalty and (refused_R := taught.refused_C.nonzero().flatten()).numel():
-        extra = objectives.rejection_penalty(draft_SD[refused_R], taught.rejected_C[refused_R])
-    rows = objectives.Rows(logits_SD, draft_SD, lse_S, taught.teacher_CD, taught.mass_C, taught.best_C)
-    loss_S, grad_SD = goal.objectives_K[k](rows)
+        extra = objectives.rejection_penalty(draft_CD[refused_R], taught.rejected_C[refused_R])
+    rows = objectives.Rows(logits_CD, draft_CD, lse_C, taught.teacher_CD, taught.mass_C, taught.best_C, counts_C)
+    loss_C, grad_CD = objective(rows)
     if extra is not None:
-        loss_S = loss_S.index_add(0, refused_R, extra[0], alpha=goal.rejection_penalty)
-        grad_SD = grad_SD.index_add_(0, refused_R, extra[1], alpha=goal.rejection_penalty)
-    return loss_S, grad_SD, (choice_S == taught.best_C) & taught.known_C
+        loss_C = loss_C.index_add(0, refused_R, extra[0], alpha=goal.rejection_penalty)
+        grad_CD = grad_CD.index_add_(0, refused_R, extra[1], alpha=goal.rejection_penalty)
+    return loss_C, grad_CD, (choice_C == taught.best_C) & taught.known_C
 
 
 def _add_product(sum_DH: Tensor, a_DS: Tensor, b_SH: Tensor) -> None:

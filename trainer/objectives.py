@@ -23,6 +23,7 @@ class Rows(NamedTuple):
     teacher_SD: Tensor  # the target's distribution, over the draft vocabulary alone
     mass_S: Tensor  # what the draft vocabulary holds of the target's whole distribution
     best_S: Tensor  # int64: draft id of the target's top token; 0 where there is none
+    counts_S: Tensor  # bool: rows that the caller gives any weight
 
 
 Objective = Callable[[Rows], tuple[Tensor, Tensor]]  # loss [S] and its gradient with respect to the logits [S, D]
@@ -69,11 +70,13 @@ class LkLambda:
 
     def __init__(self, kl_weight: float) -> None:
         self._kl_weight = kl_weight
-        self.rate_sum: Tensor | float = 0.0  # acceptance rates of the rows seen, from which the next lambda is made
+        self.rate_sum: Tensor | float = (
+            0.0  # acceptance rates of the rows that count, from which the next lambda is made
+        )
 
     def __call__(self, rows: Rows) -> tuple[Tensor, Tensor]:
         rate_S, rate_grad_SD = acceptance_rate(rows)
-        self.rate_sum += rate_S.sum()
+        self.rate_sum += (rate_S * rows.counts_S).sum()
         kl_S, kl_grad_SD = forward_kl(rows)
         tv_weight = 1 - self._kl_weight
         loss_S = self._kl_weight * kl_S + tv_weight * (1 - rate_S)

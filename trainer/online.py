@@ -38,6 +38,7 @@ class OnlineSource:
         self._last: Trained | None = None
         self._held_out_acceptance_length: float | None = None
         self._published_s = self._beat_s = time.monotonic()
+        self._parent_pid = os.getppid()
         self._first = dist.get_rank() == 0
         if self._first:
             self._open(learner, position)
@@ -80,8 +81,8 @@ class OnlineSource:
         return share_out(newest, pass_tokens=1) or []
 
     def is_finished(self) -> bool:
-        """The server is gone."""
-        return not is_alive(int(os.environ[SERVER_PID_VARIABLE]))
+        """The server is gone, or what launched this process for it."""
+        return os.getppid() != self._parent_pid or not is_alive(int(os.environ[SERVER_PID_VARIABLE]))
 
     def wants_version(self, step: int) -> bool:
         return time.monotonic() - self._published_s >= self._settings.publish_every_s

@@ -14,14 +14,29 @@ from sglang_specforge.server_process import ServerProcess
 from sglang_specforge.traffic import stream_prompts
 
 TARGET = Path(__file__).parents[2] / "examples" / "tiny_target"
-SERVING = ["--max-total-tokens", 16384, "--max-running-requests", 16, "--random-seed", 0, "--log-level", "warning"]
+SERVING = [
+    "--max-total-tokens",
+    16384,
+    "--max-running-requests",
+    16,
+    "--random-seed",
+    0,
+    "--log-level",
+    "warning",
+    "--sleep-on-idle",
+]
+
+TRAINING = {
+    "batch-tokens": 512, "holdout-every": 2, "ttt-steps": 3, "learning-rate": 2e-3, "loss-on": "all",
+    "warmup-steps": 10, "draft-vocab-size": 768,
+}  # fmt: skip
 
 
 class Client:
     """What a user's program does with a server."""
 
-    def __init__(self, server: ServerProcess) -> None:
-        self.server = server
+    def __init__(self, server: ServerProcess, run_dir: Path) -> None:
+        self.server, self.run_dir = server, run_dir
         self._http = httpx.Client(base_url=server.url, timeout=120, trust_env=False)
 
     def generate(self, prompt: str | list[int], tokens: int = 48, **sampling: Any) -> dict[str, Any]:
@@ -104,8 +119,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Cl
             flags = ["--enable-draft-training", "--draft-training-run-dir", folder / "run"]
             flags += [part for name, value in training.items() for part in (f"--draft-training-{name}", value)]
         server = ServerProcess.start(folder / "log", ["--model-path", model, *SERVING, *arguments, *flags], tp=tp)
-        server.run_dir = folder / "run"
-        running[key] = Client(server)
+        running[key] = Client(server, folder / "run")
         return running[key]
 
     yield begin

@@ -8,12 +8,17 @@ import sys
 
 import pytest
 
-from tests.e2e.conftest import TARGET, assert_every_token_is_accounted_for, outputs, prompts, settled, wait_for
+from tests.e2e.conftest import (
+    TARGET,
+    TRAINING,
+    assert_every_token_is_accounted_for,
+    outputs,
+    prompts,
+    settled,
+    wait_for,
+)
 
-TRAINING = {
-    "publish-every-s": 4, "batch-tokens": 512, "holdout-every": 2, "ttt-steps": 3, "learning-rate": 2e-3,
-    "loss-on": "all", "warmup-steps": 10, "draft-vocab-size": 768,
-}  # fmt: skip
+STEADY = {**TRAINING, "publish-every-s": 4}
 TREE = [
     "--speculative-num-steps", 3, "--speculative-eagle-topk", 4, "--speculative-num-draft-tokens", 8,
 ]  # fmt: skip
@@ -43,15 +48,16 @@ def run_loop(client, reference_outputs=None, acceptance=1.0):
     return status
 
 
-def test_tree_drafts(start, reference):
+def test_tree_drafts_and_two_trainer_processes(start, reference):
     expected = reference()
-    status = run_loop(start("--dtype", "float32", NO_CACHE, *TREE, training=TRAINING), expected)
+    two_trainers = {**STEADY, "trainer-processes": 2}
+    status = run_loop(start("--dtype", "float32", NO_CACHE, *TREE, training=two_trainers), expected)
     assert status["trainer"]["parity"]["agreed"] == status["trainer"]["parity"]["compared"]
 
 
 def test_two_tensor_parallel_ranks(start, reference):
     expected = reference()
-    client = start("--dtype", "float32", NO_CACHE, training=TRAINING, tp=2)
+    client = start("--dtype", "float32", NO_CACHE, training=STEADY, tp=2)
     status = run_loop(client, expected, acceptance=1.5)
     assert len(status["export"]) == 1
     assert status["acceptance_by_version"]["0"]["length"] < 1.1
@@ -62,7 +68,7 @@ def test_bf16_from_a_draft_made_by_hand(start, tmp_path):
     made = [sys.executable, "-m", "sglang_specforge", "init-draft", TARGET, tmp_path / "draft", "--seed", "7"]
     subprocess.run(made, check=True, timeout=120)
     given = ["--speculative-draft-model-path", tmp_path / "draft"]
-    status = run_loop(start("--dtype", "bfloat16", NO_CACHE, *given, training=TRAINING))
+    status = run_loop(start("--dtype", "bfloat16", NO_CACHE, *given, training=STEADY))
     assert status["draft"]["started_from"].endswith("versions/given")
     parity = status["trainer"]["parity"]
     assert parity["agreed"] >= 0.99 * parity["compared"]
@@ -77,6 +83,6 @@ def moe(tmp_path_factory):
 
 def test_experts_in_parallel(start, reference, moe):
     expected = reference(moe)
-    client = start("--dtype", "float32", NO_CACHE, "--ep-size", 2, training=TRAINING, model=moe, tp=2)
+    client = start("--dtype", "float32", NO_CACHE, "--ep-size", 2, training=STEADY, model=moe, tp=2)
     status = run_loop(client, expected)
     assert status["trainer"]["parity"]["agreed"] == status["trainer"]["parity"]["compared"]

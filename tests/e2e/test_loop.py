@@ -17,18 +17,15 @@ from safetensors.torch import load_file, save_file
 
 from sglang_specforge.checkpoint import FINGERPRINT_KEY
 from sglang_specforge.versions import VersionFolder
-from tests.e2e.conftest import assert_every_token_is_accounted_for, outputs, prompts, settled, wait_for
+from tests.e2e.conftest import TRAINING, assert_every_token_is_accounted_for, outputs, prompts, settled, wait_for
 
-TRAINING = {
-    "publish-every-s": 2, "batch-tokens": 512, "holdout-every": 2, "ttt-steps": 3, "learning-rate": 2e-3,
-    "loss-on": "all", "warmup-steps": 10, "draft-vocab-size": 768, "replay-tokens": 20000,
-}  # fmt: skip
+QUICK = {**TRAINING, "publish-every-s": 2, "replay-tokens": 20000}
 
 
 @pytest.fixture
 def client(start, reference):
     reference()  # its server has to be done with before this one starts
-    return start("--dtype", "float32", "--chunked-prefill-size", 128, training=TRAINING)
+    return start("--dtype", "float32", "--chunked-prefill-size", 128, training=QUICK)
 
 
 def test_output_is_that_of_a_server_without_speculation_while_drafts_are_swapped(client, reference):
@@ -92,7 +89,7 @@ def test_every_captured_token_has_a_fate_after_mixed_requests(client):
 
 
 def make_bad_checkpoint(client, folder, damage):
-    versions = client.server.run_dir / "versions"
+    versions = client.run_dir / "versions"
     shutil.copytree(versions / "initial", folder)
     tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
     if damage == "shape":
@@ -121,7 +118,7 @@ def test_a_bad_checkpoint_is_refused_and_serving_goes_on(client, reference, tmp_
 
 
 def test_a_good_checkpoint_is_swapped_in_over_http(client):
-    initial = client.server.run_dir / "versions" / "initial"
+    initial = client.run_dir / "versions" / "initial"
     answer = client.post("/draft/versions", json={"path": str(initial)})
     assert answer.status_code == 200, answer.text
     version = answer.json()["version"]
@@ -186,7 +183,7 @@ def test_the_command_line_shows_the_status(client):
 
 
 def test_a_published_version_serves_without_the_plugin_and_the_server_leaves_nothing_behind(client, start, reference):
-    versions = VersionFolder(client.server.run_dir)
+    versions = VersionFolder(client.run_dir)
     newest = versions.path(versions.newest())
     trainer = client.status()["trainer"]["process"]["pid"]
     plain = start("--dtype", "float32", "--speculative-algorithm", "EAGLE3", "--speculative-num-steps", 3,

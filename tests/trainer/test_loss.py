@@ -34,7 +34,7 @@ def row_loss(objective, logits, teacher_logits, ids, kl_weight):
 
 def reference(draft, target, samples, settings):
     ids = draft.target_ids_D.tolist()
-    per_step, correct = [[] for _ in range(STEPS)], [0] * STEPS
+    per_step, correct, rates = [[] for _ in range(STEPS)], [0] * STEPS, [0.0] * STEPS
     for sample in samples:
         T = len(sample)
         logits = draft(
@@ -49,16 +49,17 @@ def reference(draft, target, samples, settings):
                     continue
                 best, rejected = int(teacher_logits[m].argmax()), int(sample.rejected_T[m])
                 correct[k] += best == ids[int(logits[k][t].argmax())]
+                p_of_ids, q = teacher_logits[m].softmax(-1)[ids], logits[k][t].softmax(-1)
+                rates[k] += torch.minimum(p_of_ids, q).sum().item()
                 value = torch.zeros((), dtype=torch.float64)
                 if best in ids:
                     weight = 1 + settings.rejection_weight * (rejected in ids)
                     value = row_loss(settings.objective, logits[k][t], teacher_logits[m], ids, LK_WEIGHTS[k])
                     if rejected in ids:
-                        q = logits[k][t].softmax(-1)[ids.index(rejected)]
-                        value = value - settings.rejection_penalty * (1 - q).log()
+                        value = value - settings.rejection_penalty * (1 - q[ids.index(rejected)]).log()
                     value = weight * value
                 per_step[k].append(value)
-    return sum(w * torch.stack(v).mean() for w, v in zip(settings.step_weights, per_step, strict=True)), correct
+    return sum(w * torch.stack(v).mean() for w, v in zip(settings.step_weights, per_step, strict=True)), correct, rates
 
 
 def compare(tmp_path, draft_vocab, **given):
@@ -77,16 +78,19 @@ def compare(tmp_path, draft_vocab, **given):
     rows_K = count_rows(samples, STEPS, settings.loss_on == "generated")
     # exp(-decay * rate) = LK_WEIGHTS
     rates_K = [-float(torch.tensor(w).log()) / settings.lk_decay for w in LK_WEIGHTS]
-    result = unroll(draft, target, pack(samples, torch.device("cpu")), Goal.of(settings, rows_K, rates_K))
+    goal = Goal.of(settings, rows_K, rates_K)
+    result = unroll(draft, target, pack(samples, torch.device("cpu")), goal)
     result.loss.backward()
     found = [p.grad.clone() for p in draft.parameters()]
     draft.zero_grad()
-    wanted, correct = reference(draft, target, samples, settings)
+    wanted, correct, rates = reference(draft, target, samples, settings)
     wanted.backward()
     torch.testing.assert_close(result.loss.double(), wanted, atol=1e-6, rtol=1e-6)
     for grad, parameter in zip(found, draft.parameters(), strict=True):
         torch.testing.assert_close(grad, parameter.grad, atol=1e-6, rtol=1e-5)
     assert result.correct_K.tolist() == correct
+    if settings.objective == "lk_lambda":
+        assert [float(objective.rate_sum) for objective in goal.objectives_K] == pytest.approx(rates)
 
 
 @pytest.mark.parametrize("draft_vocab", [VOCAB, 32])
