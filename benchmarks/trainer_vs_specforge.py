@@ -231,7 +231,7 @@ def main(
         typer.echo(f"error: the peer is missing; pip install --no-deps --target {PEER} specforge==0.2.0", err=True)
         raise typer.Exit(2)
     sys.path.insert(0, str(PEER))
-    samples = [measure(shape, rounds=2 if quick else 7) for shape in SHAPES]
+    samples = [measure(shape, rounds=1 if quick else 7) for shape in SHAPES]
     for shape, sample in zip(SHAPES, samples, strict=True):
         sample |= measure_memory(shape, rounds=1 if quick else 3)
     show(samples)

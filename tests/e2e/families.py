@@ -14,7 +14,7 @@ _EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
 _LATENT = {
     "q_lora_rank": None, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
     "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1,
-    "topk_group": 1, "topk_method": "greedy", "norm_topk_prob": True, "moe_layer_freq": 1, **_EXPERTS,
+    "topk_group": 1, "topk_method": "greedy", "norm_topk_prob": True, "moe_layer_freq": 1, "scoring_func": "softmax", **_EXPERTS,
     "rope_parameters": {
         "rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 256, "mscale": 1.0,
         "mscale_all_dim": 1.0,
@@ -26,7 +26,7 @@ FAMILIES = {
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
     "qwen3_moe": {"model_type": "qwen3_moe", "head_dim": 16, "num_experts": 4, **_EXPERTS},
     "deepseek_v2": {"model_type": "deepseek_v2", **_LATENT},
-    "deepseek_v3": {"model_type": "deepseek_v3", **_LATENT, "topk_method": "noaux_tc"},
+    "deepseek_v3": {"model_type": "deepseek_v3", **_LATENT, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
     "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
     "gpt_oss": {
         "model_type": "gpt_oss", "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2,
