@@ -14,7 +14,8 @@ _EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
 _LATENT = {
     "q_lora_rank": None, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
     "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1,
-    "topk_group": 1, "topk_method": "greedy", "norm_topk_prob": True, "moe_layer_freq": 1, "scoring_func": "softmax", **_EXPERTS,
+    "topk_group": 1, "topk_method": "greedy", "norm_topk_prob": True, "moe_layer_freq": 1,
+    "scoring_func": "softmax", **_EXPERTS,
     "rope_parameters": {
         "rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 256, "mscale": 1.0,
         "mscale_all_dim": 1.0,

@@ -6,6 +6,7 @@ import zmq
 
 from sglang_specforge.contracts.control import TokenLedger
 from sglang_specforge.contracts.spans import Captured, Finished, Span, TensorLayout, encode_header
+from sglang_specforge.sockets import EndpointTaken
 from trainer.assemble import Assembler
 from trainer.inbox import Inbox
 
@@ -81,3 +82,12 @@ def test_rubbish_and_replays_are_left_out(inbox, ledger, send):
     assert len(sample) == 4
     assert inbox.malformed == 2
     assert ledger.received == 4
+
+
+def test_a_second_reader_of_a_stream_is_refused_with_what_to_do(tmp_path):
+    endpoint, ledger = f"ipc://{tmp_path}/taken", TokenLedger()
+    first = Inbox(endpoint, Assembler(ledger, 100), ledger)
+    with pytest.raises(EndpointTaken, match="--draft-training-trainer none"):
+        Inbox(endpoint, Assembler(ledger, 100), ledger)
+    first.close()
+    Inbox(endpoint, Assembler(ledger, 100), ledger).close()
