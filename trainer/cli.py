@@ -27,8 +27,7 @@ from trainer.resume import Checkpoints, ResumeError
 from trainer.trackers import MissingTracker, Trackers
 
 _REFUSALS = (
-    SettingsError, DatasetError, TargetError, CheckpointError, ResumeError, MissingTracker,
-    EndpointTaken,
+    SettingsError, DatasetError, TargetError, CheckpointError, ResumeError, MissingTracker, EndpointTaken,
 )  # fmt: skip
 
 
@@ -62,7 +61,7 @@ def train_offline(settings: OfflineSettings) -> None:
     with process_group(settings) as device:
         target = resolve_target(str(settings.target or Manifest.load(settings.data).target_path))
         samples = StoredSamples(settings.data, fingerprint_target(target))
-        split = Split.of(samples.entries, settings.holdout_every)
+        split = Split.of(samples.entries, settings.holdout_every).check()
         steps = settings.schedule_steps or split.planned_steps(settings)
         settings = settings.model_copy(update={"schedule_steps": steps})
         job = Job(

@@ -94,11 +94,11 @@ class Draft(nn.Module):
         def pure(read_NF: Tensor, state_NF: Tensor, positions_N: Tensor, *pairs: Tensor) -> tuple[Tensor, ...]:
             inner = Past(past.bounds, list(pairs[:steps]), list(pairs[steps:]))
             hidden_NH, next_NF = self.advance(read_NF, state_NF, positions_N, inner)
-            return hidden_NH, next_NF, inner.keys[-1], inner.values[-1]
+            return hidden_NH, next_NF, *inner.keys[steps:], *inner.values[steps:]
 
-        hidden_NH, next_NF, key, value = checkpoint(
+        hidden_NH, next_NF, *new = checkpoint(
             pure, read_NF, state_NF, positions_N, *past.keys, *past.values, use_reentrant=False
         )
-        past.keys.append(key)
-        past.values.append(value)
+        past.keys += new[: len(new) // 2]
+        past.values += new[len(new) // 2 :]
         return hidden_NH, next_NF

@@ -27,15 +27,12 @@ class _Plan(msgspec.Struct):
 
 def share_out(samples: list[Sample] | None, pass_tokens: int | None) -> list[list[Sample]] | None:
     """This process's passes of the first process's ``samples``; None where it has none. All processes call together."""
-    ranks = dist.get_world_size()
-    if ranks == 1:
-        return (
-            [[samples[i] for i in own] for own in deal(list(map(len, samples)), 1, pass_tokens)[0]] if samples else None
-        )
-    plan = _broadcast(_plan(samples, ranks, pass_tokens) if samples else None)
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    plan = _plan(samples, ranks, pass_tokens) if samples else None
+    if ranks > 1:
+        plan = _broadcast(plan)
     if plan is None:
         return None
-    rank = dist.get_rank()
     if rank == 0:
         for other in range(1, ranks):
             for tensor in _joined(samples, plan, other):

@@ -16,6 +16,7 @@ from tests.tiny import HIDDEN, VOCAB, make_target
 from trainer.cli import main
 from trainer.offline.layout import DatasetError, Manifest
 from trainer.offline.reader import StoredSamples
+from trainer.offline.source import Split
 from trainer.offline.writer import DatasetWriter
 
 TRAINING = {
@@ -185,10 +186,19 @@ def test_versions_best_and_the_draft_vocabulary_of_the_data(tmp_path, data, caps
 
 @pytest.mark.parametrize(
     ("given", "named"),
-    [({}, "dataset.json cannot be read"), ({"objective": "mse"}, "'objective' = 'mse' is not accepted")],
+    [
+        ({}, "dataset.json cannot be read"),
+        ({"objective": "mse"}, "'objective' = 'mse' is not accepted"),
+        ({"cpu_offload": "true"}, "cpu_offload is for"),
+    ],
 )
 def test_bad_settings_and_no_data_are_named(tmp_path, capsys, given, named):
     with pytest.raises(SystemExit) as end:
         main(flags(tmp_path / "run", tmp_path / "nowhere", **given))
     assert end.value.code == 2
     assert named in capsys.readouterr().err
+
+
+def test_data_that_is_all_held_out_is_refused():
+    with pytest.raises(DatasetError, match="all 3 samples are held out"):
+        Split([], [None] * 3).check()

@@ -50,6 +50,16 @@ def test_it_trains_publishes_and_passes_the_servers_checks(tmp_path, variant):
     assert same == {"d2t", "t2d"}
 
 
+def test_a_draft_without_keys_can_have_its_activations_made_again(tmp_path):
+    target = make_target(tmp_path / "target")
+    write(tmp_path / "data", target)
+    variant = VARIANTS["another kind"]
+    draft = init_draft(str(target), tmp_path / "draft", draft_vocab_size=32, dtype="float32", variant=variant)
+    for name, again in (("kept", "false"), ("again", "true")):
+        main(flags(tmp_path / name, tmp_path / "data", draft=draft, max_steps=5, activation_checkpointing=again))
+    assert losses(tmp_path / "kept") == losses(tmp_path / "again")
+
+
 def test_an_unknown_kind_is_refused_with_those_that_are_known():
     with pytest.raises(
         CheckpointError, match="'Medusa' cannot be trained; known are: LinearDraft, LlamaForCausalLMEagle3"

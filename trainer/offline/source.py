@@ -13,6 +13,7 @@ from sglang_specforge.training_settings import TrainingSettings
 from trainer.deal import deal
 from trainer.evaluate import Simulated
 from trainer.learner import Trained
+from trainer.offline.layout import DatasetError
 from trainer.offline.progress import ProgressLine
 from trainer.offline.reader import Entry, StoredSamples
 from trainer.resume import OfflinePosition, Position
@@ -52,6 +53,14 @@ class Split(NamedTuple):
         for entry in entries:
             split[int(entry.id[:8], 16) % holdout_every == 0].append(entry)
         return split
+
+    def check(self) -> "Split":
+        """Raises DatasetError where there is nothing to train on."""
+        if not self.training:
+            raise DatasetError(
+                f"all {len(self.held_out)} samples are held out; give a higher holdout_every, or more data"
+            )
+        return self
 
     def planned_steps(self, settings: OfflineSettings) -> int:
         """About how many steps there are in all."""
