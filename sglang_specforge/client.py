@@ -13,11 +13,15 @@ DEFAULT_URL = "http://127.0.0.1:30000"
 errors = Console(stderr=True)
 
 
+def authorization(api_key: str | None) -> dict[str, str]:
+    """Headers that show the server its key."""
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
 def ask(method: str, url: str, path: str, api_key: str | None, **kwargs: Any) -> httpx.Response:
     """The server's answer; anything but success or 422 ends the command with what to do about it."""
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        answer = httpx.request(method, url + path, headers=headers, trust_env=False, **kwargs)
+        answer = httpx.request(method, url + path, headers=authorization(api_key), trust_env=False, **kwargs)
     except httpx.HTTPError as error:
         fail(f"{url} does not answer ({error}); is the server up, and is --url right?")
     if answer.status_code == 404:

@@ -11,6 +11,8 @@ from pydoc_data.topics import topics
 
 import httpx
 
+from sglang_specforge.client import authorization
+
 # Folders of the standard library whose text is data or fixtures rather than code.
 _SKIPPED_FOLDERS = {"test", "tests", "site-packages", "encodings", "idlelib", "lib2to3", "pydoc_data", "__pycache__"}
 _TIMEOUT_S = 300.0
@@ -65,7 +67,7 @@ async def drive(
     api_key: str | None = None,
 ) -> None:
     """Keep ``concurrency`` chat requests running, until ``requests`` were started or the task is cancelled."""
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    headers = authorization(api_key)
     left = iter(range(requests)) if requests is not None else None
 
     async def work(client: httpx.AsyncClient) -> None:

@@ -1,6 +1,5 @@
 """The trainer's main loop: draw a step's samples, learn from them, publish what was learnt."""
 
-import logging
 from collections.abc import Callable
 from typing import Protocol
 
@@ -13,8 +12,6 @@ from trainer.evaluate import Simulated
 from trainer.learner import Learner, Trained
 from trainer.resume import Checkpoints, Position
 from trainer.sample import Sample
-
-logger = logging.getLogger(__name__)
 
 
 class Source(Protocol):

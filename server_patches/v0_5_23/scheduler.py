@@ -3,7 +3,6 @@
 Shapes: B requests, N rows, R rows a request (longest path through a draft tree), H hidden.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +19,6 @@ from sglang_specforge.draft_bank import DraftBank
 from sglang_specforge.export.entry import CapturedRequest, HostCopier, VerifyMeta
 from sglang_specforge.export.exporter import Exporter
 from sglang_specforge.settings import Run
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass

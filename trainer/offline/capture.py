@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import torch
 
+from sglang_specforge.client import authorization
 from sglang_specforge.contracts.control import TokenLedger
 from sglang_specforge.prepared import Prepared
 from trainer.assemble import Assembler
@@ -55,8 +56,7 @@ class Capture:
         self._writer, self._concurrency = writer, concurrency
         ledger = TokenLedger()
         self._inbox = Inbox(spans_endpoint, Assembler(ledger, _LONGEST), ledger)
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._client = httpx.Client(base_url=url, headers=headers, timeout=_TIMEOUT_S, trust_env=False)
+        self._client = httpx.Client(base_url=url, headers=authorization(api_key), timeout=_TIMEOUT_S, trust_env=False)
         self._under_way: dict[str, _Sent] = {}
         self._again: list[_Sent] = []
 
