@@ -19,7 +19,7 @@ from measuring import save_record
 from rich.console import Console
 from rich.table import Table
 
-from sglang_specforge.training_settings import Job, TrainingSettings
+from sglang_specforge.training_settings import Job, Speculation, TrainingSettings
 from trainer.cli import main as train
 from trainer.evaluate import Simulated, simulate
 from trainer.learner import load_draft, load_target
@@ -35,7 +35,7 @@ def copy_as_float8(samples: StoredSamples, folder: Path) -> None:
     writer = DatasetWriter(folder, msgspec.structs.replace(samples.manifest, stored="float8"), 256 << 20)
     for entry in samples.entries:
         if (sample := samples.load(entry)) is not None:
-            writer.add(entry.id, sample.tokens_T, sample.generated_T, sample.aux_T3H, sample.last_TH)
+            writer.add(entry.id, sample.tokens_T, sample.generated_T, sample.aux_T3H, sample.last_TH, entry.slice)
     writer.flush()
 
 
@@ -49,11 +49,11 @@ def measure(data: Path, run_dir: Path, epochs: int, judged_on: StoredSamples) ->
     manifest, checkpoint = judged_on.manifest, run_dir / "versions" / "best"
     job = Job(
         settings=TrainingSettings(), target_path=manifest.target_path, target_fingerprint=manifest.target_fingerprint,
-        draft_path=str(checkpoint), served_dtype=manifest.served_dtype, draft_steps=DRAFT_STEPS,
+        draft_path=str(checkpoint), served_dtype=manifest.served_dtype, speculation=Speculation(DRAFT_STEPS),
     )  # fmt: skip
     target = load_target(job, getattr(torch, manifest.served_dtype), torch.device("cpu"))
     held_out = [judged_on.load(entry) for entry in Split.of(judged_on.entries, HOLDOUT_EVERY).held_out]
-    return simulate(load_draft(job, checkpoint), target, held_out, DRAFT_STEPS)
+    return simulate(load_draft(job, checkpoint), target, held_out, Speculation(DRAFT_STEPS))
 
 
 def main(

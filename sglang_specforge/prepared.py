@@ -15,6 +15,7 @@ SCHEMA = pa.schema(
         ("id", pa.string()),
         ("input_ids", pa.list_(pa.int32())),
         ("loss_mask", pa.list_(pa.bool_())),
+        ("slice", pa.string()),
     ]
 )
 _ROWS = 256
@@ -25,11 +26,12 @@ class PreparedError(ValueError):
 
 
 class Prepared(NamedTuple):
-    """One sequence. ``id`` is a digest of the rest, so equal sequences have equal ids."""
+    """One sequence. ``id`` is a digest of tokens and mask, so equal sequences have equal ids."""
 
     id: str
     input_ids: list[int]
     loss_mask: list[bool]
+    slice: str  # where it came from
 
     def count_into(self, counts_V: torch.Tensor) -> int:
         """Add its learnt tokens to their counts; returns how many they are. Ids past the vocabulary are left out."""
@@ -38,10 +40,10 @@ class Prepared(NamedTuple):
         return learnt.numel()
 
     @classmethod
-    def of(cls, input_ids: list[int], loss_mask: list[bool]) -> "Prepared":
+    def of(cls, input_ids: list[int], loss_mask: list[bool], slice: str = "") -> "Prepared":
         digest = hashlib.sha256(np.asarray(input_ids, np.int32).tobytes())
         digest.update(np.packbits(np.asarray(loss_mask, bool)).tobytes())
-        return cls(digest.hexdigest(), input_ids, loss_mask)
+        return cls(digest.hexdigest(), input_ids, loss_mask, slice)
 
 
 class PreparedFile:

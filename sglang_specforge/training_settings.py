@@ -1,9 +1,11 @@
 """What an operator can choose about a training step, wherever its data comes from, and what one training is about."""
 
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from sglang_specforge.versions import VersionFolder
 
@@ -14,6 +16,21 @@ Objective = Literal["soft_ce", "forward_kl", "hard_ce", "tv", "lk_alpha", "lk_la
 def _split(given: Any) -> Any:
     """A flag's comma-separated numbers, or the file's list as it is."""
     return [part.strip() for part in given.split(",")] if isinstance(given, str) else given
+
+
+def _split_weights(given: Any) -> Any:
+    """A flag's ``name=weight,...``, or the file's table as it is."""
+    if not isinstance(given, str):
+        return given
+    pairs = [part.partition("=") for part in given.split(",")]
+    return {name.strip(): weight for name, _, weight in pairs}
+
+
+def _check_weights(weights: dict[str, float]) -> dict[str, float]:
+    for name, weight in weights.items():
+        if not 0 < weight < math.inf:
+            raise ValueError(f"the weight of slice {name!r} is {weight}; it has to be above 0")
+    return weights
 
 
 class TrainingSettings(BaseModel):
@@ -57,6 +74,9 @@ class TrainingSettings(BaseModel):
     ttt_weights: Annotated[tuple[float, ...] | None, BeforeValidator(_split)] = Field(
         None, description="Weight of each step instead of ttt_decay, for instance 1,0.8,0.5."
     )
+    slice_weights: Annotated[dict[str, float], BeforeValidator(_split_weights), AfterValidator(_check_weights)] = Field(
+        {}, description="How often samples of a slice are drawn, for instance code=3,chat=0.5; others count 1."
+    )
     optimizer: Literal["adamw", "muon"] = Field(
         "adamw", description="muon: for matrices; the head and vectors stay with AdamW."
     )
@@ -98,6 +118,36 @@ class TrainingSettings(BaseModel):
         return self
 
 
+@dataclass(frozen=True)
+class Speculation:
+    """What a server drafts before each verification: a chain or, with ``topk`` above 1, a tree.
+
+    Raises:
+        ValueError: there are no such trees.
+    """
+
+    steps: int  # draft tokens one after another; SGLang's speculative_num_steps
+    topk: int = 1  # branches of a step; SGLang's speculative_eagle_topk
+    tokens: int | None = None  # rows of a verification of a tree; SGLang's speculative_num_draft_tokens
+
+    @property
+    def drafts(self) -> int:
+        """Draft tokens that are verified together."""
+        return (self.tokens or self.default_tokens(self.steps, self.topk)) - 1
+
+    def __post_init__(self) -> None:
+        most = self.topk + (self.steps - 1) * self.topk**2
+        if self.topk > 1 and not 1 <= self.drafts <= most:
+            raise ValueError(
+                f"{self.tokens} tokens of {self.steps} steps of top-{self.topk}; such a tree has 2 to {1 + most}"
+            )
+
+    @staticmethod
+    def default_tokens(steps: int, topk: int) -> int:
+        """Rows of a verification where none are asked for."""
+        return 1 + steps if topk == 1 else min(1 + steps * topk, 16)
+
+
 class Job(BaseModel):
     """What is trained, for which target, and how."""
 
@@ -108,7 +158,7 @@ class Job(BaseModel):
     target_fingerprint: str
     draft_path: str = Field(description="Checkpoint that training starts from, version 0.")
     served_dtype: Dtype
-    draft_steps: int = Field(description="Tokens that the server drafts in a chain before each verification.")
+    speculation: Speculation
 
     @property
     def run_dir(self) -> Path:

@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from sglang_specforge.new_draft import init_draft
 from sglang_specforge.settings import DraftTrainingSettings, Run
 from sglang_specforge.target import fingerprint_target
+from sglang_specforge.training_settings import Speculation
 from trainer.sample import Sample
 
 VOCAB, HIDDEN = 48, 16
@@ -31,7 +32,7 @@ def make_run(folder: Path, target: Path, draft_vocab_size: int = 32, **settings)
         target_fingerprint=fingerprint_target(target),
         draft_path=str(draft),
         served_dtype="float32",
-        draft_steps=3,
+        speculation=Speculation(3),
         spans_endpoint=f"ipc://{folder}/spans",
         control_endpoint=f"ipc://{folder}/control",
     )

@@ -22,7 +22,7 @@ class _Open:
     """A request whose end is not known yet."""
 
     def __init__(self, first: Span) -> None:
-        self.prompt_tokens = first.prompt_tokens
+        self.prompt_tokens, self.slice = first.prompt_tokens, first.slice
         self.pieces: list[tuple[Span, int, dict[str, Tensor]]] = []  # span, draft version, its rows
         self.tokens = 0
         self.touched_s = time.monotonic()
@@ -114,6 +114,7 @@ class Assembler:
             last_TH=joined["last_NH"],
             generated_T=(next_T >= request.prompt_tokens) & (next_T < total_tokens),
             rejected_T=rejected_T,
+            slice=request.slice,
             draft_version=versions.pop() if len(versions) == 1 else None,
             proposals=[(s.start, s.proposed) for s, _, _ in pieces if s.proposed >= 0 and s.start < start + kept],
         )

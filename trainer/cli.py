@@ -70,7 +70,7 @@ def train_offline(settings: OfflineSettings) -> None:
             target_fingerprint=samples.manifest.target_fingerprint,
             draft_path=str(_starting_draft(settings, target, samples)),
             served_dtype=samples.manifest.served_dtype,
-            draft_steps=settings.draft_steps,
+            speculation=settings.speculation,
         )
         learner = Learner(job, device)
         progress = Checkpoints(job).resume(learner)

@@ -26,6 +26,32 @@ class Past:
     values: list[Tensor] = field(default_factory=list)
 
 
+@dataclass
+class Begun:
+    """A draft before its first step, over a pack."""
+
+    draft: "Draft"
+    read_NF: Tensor
+    state_NF: Tensor
+    positions_N: Tensor
+    past: Past
+
+    def unroll(self, steps: int) -> list[Tensor]:
+        """Hidden states of a chain of ``steps`` [K, N, H].
+
+        Row n of step k reads the embedding of token n+1+k and predicts token n+2+k of its sample. What a row reads
+        beyond its sample's end is of no use, and no row with a teacher sees it.
+        """
+        hidden_KNH, state_NF, rows = [], self.state_NF, self.read_NF.shape[0]
+        read_NF = F.pad(self.read_NF, (0, 0, 0, steps))
+        for k in range(steps):
+            hidden_NH, state_NF = self.draft.advance_saving(
+                read_NF[1 + k : 1 + k + rows], state_NF, self.positions_N + k, self.past
+            )
+            hidden_KNH.append(hidden_NH)
+        return hidden_KNH
+
+
 class Draft(nn.Module):
     """``config`` is the checkpoint's ``config.json``. Parameters are named as the checkpoint names them.
 
@@ -69,24 +95,15 @@ class Draft(nn.Module):
         aux_N3H: Tensor,
         positions_N: Tensor,
         bounds: Bounds,
-        steps: int,
-        objective: Callable[[list[Tensor], Tensor], Any],
+        use: Callable[[Begun], Any],
     ) -> Any:
-        """``objective(hidden_KNH, head_DH)`` of the hidden states of each step and the draft's head.
+        """``use`` of a draft that has begun. It runs in here because parameters are whole only in here, under FSDP."""
+        return use(Begun(self, self.read(embed_NH), self.start(aux_N3H), positions_N, Past(bounds)))
 
-        Row n of step k reads the embedding of token n+1+k and predicts token n+2+k of its sample. What a row reads
-        beyond its sample's end is of no use, and no row with a teacher sees it. The objective runs in here because the
-        head is whole only in here, under FSDP.
-        """
-        state_NF, past, hidden_KNH = self.start(aux_N3H), Past(bounds), []
-        read_NF = F.pad(self.read(embed_NH), (0, 0, 0, steps))
-        for k in range(steps):
-            later_NF = read_NF[1 + k : 1 + k + embed_NH.shape[0]]
-            hidden_NH, state_NF = self._advance(later_NF, state_NF, positions_N + k, past)
-            hidden_KNH.append(hidden_NH)
-        return objective(hidden_KNH, self.lm_head.weight)
-
-    def _advance(self, read_NF: Tensor, state_NF: Tensor, positions_N: Tensor, past: Past) -> tuple[Tensor, Tensor]:
+    def advance_saving(
+        self, read_NF: Tensor, state_NF: Tensor, positions_N: Tensor, past: Past
+    ) -> tuple[Tensor, Tensor]:
+        """``advance``, its activations made again in the backward pass if ``checkpoints_activations``."""
         if not (self.checkpoints_activations and torch.is_grad_enabled()):
             return self.advance(read_NF, state_NF, positions_N, past)
         steps = len(past.keys)

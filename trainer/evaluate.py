@@ -1,20 +1,22 @@
-"""Acceptance length by simulation: what a chain of drafts would have committed along recorded sequences.
+"""Acceptance length by simulation: what a chain or tree of drafts would have committed along recorded sequences.
 
 A verification that starts at a row commits the leading drafts that are accepted, and one token of the target's. Where
 acceptance is a matter of chance, the expected number of verifications follows from the chance that one starts at each
-row, so the result is exact for the recorded sequence. Shapes: N rows, K drafts of a chain, C rows of a chunk, D draft
-vocabulary.
+row, so the result is exact for the recorded sequence. Shapes: N rows, K drafts one after another, C rows of a chunk, D
+draft vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.draft import Draft
+from sglang_specforge.training_settings import Speculation
+from trainer.draft import Begun, Draft
+from trainer.draft_tree import accepted_by_tree
 from trainer.loss import FrozenTarget, Taught, Teacher, run_draft
 from trainer.sample import Pack, Sample, pack
 
@@ -31,7 +33,19 @@ class Simulated:
     tokens: int
     sequences: int
     verify_steps: float
-    accepted_K: list[float]  # verifications that accepted the draft at each place in the chain
+    accepted_K: list[float]  # verifications that accepted a draft at each place after the first token
+
+    @classmethod
+    def nothing(cls, steps: int) -> "Simulated":
+        return cls(0, 0, 0.0, [0.0] * steps)
+
+    def __add__(self, other: "Simulated") -> "Simulated":
+        return Simulated(
+            self.tokens + other.tokens,
+            self.sequences + other.sequences,
+            self.verify_steps + other.verify_steps,
+            [a + b for a, b in zip(self.accepted_K, other.accepted_K, strict=True)],
+        )
 
     @property
     def length(self) -> float | None:
@@ -40,28 +54,45 @@ class Simulated:
 
     @property
     def by_position(self) -> list[float]:
-        """Share of verifications in which the draft at each place in the chain was accepted."""
+        """Share of verifications in which a draft was accepted at each place."""
         return [accepted / self.verify_steps if self.verify_steps else 0.0 for accepted in self.accepted_K]
 
 
 @torch.no_grad()
-def simulate(draft: Draft, target: FrozenTarget, samples: list[Sample], steps: int, way: Way = "greedy") -> Simulated:
-    """A chain of ``steps`` drafts on each sample's generated tokens, from the weights as they are."""
-    device = target.head_VH.device
-    tokens, sequences, verify_steps, accepted_K = 0, 0, 0.0, [0.0] * steps
+def simulate(
+    draft: Draft, target: FrozenTarget, samples: list[Sample], speculation: Speculation, way: Way = "greedy"
+) -> Simulated:
+    """Speculation on each sample's generated tokens, from the weights as they are.
+
+    Raises:
+        ValueError: a tree in another way than greedy.
+    """
+    if speculation.topk > 1 and way != "greedy":
+        raise ValueError(f"a tree of drafts is simulated greedily only, not {way}")
+    device, steps = target.head_VH.device, speculation.steps
+    found = Simulated.nothing(steps)
     for sample in samples:
         packed = pack([sample], device)
-        chances_KN = run_draft(draft, target, packed, steps, _Chances(draft, target, packed, way)).tolist()
+        if speculation.topk > 1:
+            chances = partial(accepted_by_tree, target=target, pack=packed, speculation=speculation)
+        else:
+            chances = partial(_chances, target=target, pack=packed, steps=steps, way=way)
+        chances_KN = run_draft(draft, target, packed, chances).tolist()
         for first, last in _runs(sample.generated_T):
-            tokens, sequences = tokens + last - first + 1, sequences + 1
-            expected, accepted = _walk([row[first : last + 1] for row in chances_KN])
-            verify_steps += expected
-            accepted_K = [a + b for a, b in zip(accepted_K, accepted, strict=True)]
-    return Simulated(tokens, sequences, verify_steps, accepted_K)
+            found += Simulated(last - first + 1, 1, *_walk([row[first : last + 1] for row in chances_KN]))
+    return found
+
+
+def by_slice(found: Iterable[tuple[str, Simulated]]) -> dict[str, Simulated]:
+    """The sum of each slice."""
+    sums: dict[str, Simulated] = {}
+    for name, simulated in found:
+        sums[name] = sums[name] + simulated if name in sums else simulated
+    return dict(sorted(sums.items()))
 
 
 def _walk(chances_KN: list[list[float]]) -> tuple[float, list[float]]:
-    """Expected verifications over one generated run, and how many of them accept the draft at each place."""
+    """Expected verifications over one generated run, and how many of them accept a draft at each place."""
     rows = len(chances_KN[0])
     starts = [1.0] + [0.0] * (rows + len(chances_KN))  # chance that a verification starts at the row
     accepted_K = [0.0] * len(chances_KN)
@@ -83,27 +114,23 @@ def _runs(generated_T: Tensor) -> Iterator[tuple[int, int]]:
     yield from ((first, end - 1) for first, end in zip(firsts, ends, strict=True))
 
 
-class _Chances:
+def _chances(begun: Begun, target: FrozenTarget, pack: Pack, steps: int, way: Way) -> Tensor:
     """Chance that the target accepts the draft of row n at step k, [K, N]; zero where a sample has no teacher row."""
+    hidden_KNH, head = begun.unroll(steps), begun.draft.lm_head
+    rows_N = torch.arange(pack.first_row_N.numel(), device=pack.first_row_N.device)
+    chances_KN = torch.zeros(steps, rows_N.numel(), device=rows_N.device)
+    for chunk in Teacher(begun.draft, target, pack).in_chunks(rows_N):
+        for k, hidden_NH in enumerate(hidden_KNH):
+            n_C, counts_C = chunk.learners(k)
+            logits_CD = head(hidden_NH[n_C]).to(chunk.teacher_CD.dtype)
+            chances_KN[k].index_add_(0, n_C, (_chance(logits_CD, chunk, way) * counts_C).to(chances_KN.dtype))
+    return chances_KN
 
-    def __init__(self, draft: Draft, target: FrozenTarget, packed: Pack, way: Way) -> None:
-        self._draft, self._target, self._pack, self._way = draft, target, packed, way
 
-    def __call__(self, hidden_KNH: list[Tensor], head_DH: Tensor) -> Tensor:
-        teacher = Teacher(self._target.head_VH, self._pack, self._draft.target_ids_D, self._draft.t2d)
-        first_N = self._pack.first_row_N
-        chances_KN = torch.zeros(len(hidden_KNH), first_N.numel(), device=head_DH.device)
-        for chunk in teacher.in_chunks(torch.arange(first_N.numel(), device=head_DH.device)):
-            for k, hidden_NH in enumerate(hidden_KNH):
-                n_C, counts_C = chunk.learners(k)
-                logits_CD = F.linear(hidden_NH[n_C], head_DH).to(chunk.teacher_CD.dtype)
-                chances_KN[k].index_add_(0, n_C, (self._of(logits_CD, chunk) * counts_C).to(chances_KN.dtype))
-        return chances_KN
-
-    def _of(self, logits_CD: Tensor, taught: Taught) -> Tensor:
-        if self._way == "greedy":
-            return (logits_CD.argmax(-1) == taught.best_C) & taught.known_C
-        target_CD = taught.teacher_CD * taught.mass_C[:, None]
-        if self._way == "sampled":
-            return torch.minimum(target_CD, logits_CD.softmax(-1)).sum(-1)
-        return target_CD.gather(-1, logits_CD.argmax(-1, keepdim=True))[:, 0]
+def _chance(logits_CD: Tensor, taught: Taught, way: Way) -> Tensor:
+    if way == "greedy":
+        return (logits_CD.argmax(-1) == taught.best_C) & taught.known_C
+    target_CD = taught.teacher_CD * taught.mass_C[:, None]
+    if way == "sampled":
+        return torch.minimum(target_CD, logits_CD.softmax(-1)).sum(-1)
+    return target_CD.gather(-1, logits_CD.argmax(-1, keepdim=True))[:, 0]

@@ -19,11 +19,12 @@ from sglang_specforge.drafts import kind_of
 from sglang_specforge.target import load_embedding_and_head
 from sglang_specforge.training_settings import Job
 from trainer.draft import Draft
-from trainer.evaluate import Simulated, Way, simulate
+from trainer.evaluate import Simulated, by_slice, simulate
 from trainer.loss import FrozenTarget, Goal, unroll
 from trainer.objectives import LkLambda
 from trainer.optimizer import make_optimizers, set_learning_rates
 from trainer.sample import Sample, count_rows, pack
+from trainer.share import gather
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,17 @@ class Learner:
         accuracy_K, self.acceptance_K = shares[: settings.ttt_steps], shares[settings.ttt_steps :]
         return Trained(self.step, loss, norm.item(), accuracy_K, int(tokens))
 
-    def simulate(self, passes: list[list[Sample]], steps: int, way: Way = "greedy") -> Simulated:
-        """Acceptance by simulation on this process's samples and all others'."""
-        found = [simulate(self.draft, self.target, own or [self._idle_sample()], steps, way) for own in passes]
-        sums = [[s.tokens, s.sequences, s.verify_steps, *s.accepted_K] for s in found]
-        columns = zip(*sums, strict=True) if sums else [[0]] * (3 + steps)
-        tokens, sequences, verify_steps, *accepted_K = self._summed([sum(column) for column in columns])
-        return Simulated(int(tokens), int(sequences), verify_steps, accepted_K)
+    def simulate(self, passes: list[list[Sample]]) -> dict[str, Simulated]:
+        """Greedy acceptance of the server's speculation, by slice, on this process's samples and all others'.
+
+        A pass is of one sample, or of none.
+        """
+        found = []
+        for own in passes:
+            [sample] = own or [self._idle_sample()]
+            found.append((sample.slice, simulate(self.draft, self.target, [sample], self._job.speculation)))
+        everyones = gather(found, list[tuple[str, Simulated]])
+        return by_slice(pair for pairs in everyones for pair in pairs if pair[1].sequences)
 
     def export(self) -> dict[str, Tensor]:
         """Whole tensors on the host of the first process, in the served dtype, named as a checkpoint's."""

@@ -22,13 +22,13 @@ class Source(Protocol):
         """This process's passes of the next step; None where there is nothing to learn from now."""
 
     def held_out(self) -> list[list[Sample]]:
-        """This process's samples to evaluate on, in passes."""
+        """This process's samples to evaluate on, in passes of one sample or none."""
 
     def is_finished(self) -> bool: ...
     def wants_version(self, step: int) -> bool: ...
     def position(self) -> Position: ...
     def trained(self, result: Trained) -> None: ...
-    def published(self, version: int, step: int, simulated: Simulated) -> None: ...
+    def published(self, version: int, step: int, simulated: Simulated, slices: dict[str, Simulated]) -> None: ...
     def beat(self, learning: bool) -> None: ...
     def close(self) -> None: ...
 
@@ -67,7 +67,8 @@ class Trainer:
         self._source.close()
 
     def _publish(self) -> None:
-        simulated = self._learner.simulate(self._source.held_out(), self._job.draft_steps)
+        slices = self._learner.simulate(self._source.held_out())
+        simulated = sum(slices.values(), Simulated.nothing(self._job.speculation.steps))
         tensors = self._learner.export()
         version = None
         if self._first:
@@ -81,7 +82,7 @@ class Trainer:
                 self._versions.mark_best(version)
         self._save()
         if version is not None:
-            self._source.published(version, self._learner.step, simulated)
+            self._source.published(version, self._learner.step, simulated, slices)
 
     def _save(self) -> None:
         self._checkpoints.save(self._learner, self._source.position(), self._best)

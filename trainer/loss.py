@@ -7,7 +7,7 @@ V target and D draft vocabulary, K steps.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sglang_specforge.training_settings import TrainingSettings
 from trainer import objectives
-from trainer.draft import Draft
+from trainer.draft import Begun, Draft
 from trainer.sample import Pack
 
 _CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}  # in memory at a time: enough to fill the device
@@ -30,6 +30,9 @@ class FrozenTarget:
 
     embed_VH: Tensor
     head_VH: Tensor
+
+    def embed(self, tokens_N: Tensor, dtype: torch.dtype) -> Tensor:
+        return F.embedding(tokens_N, self.embed_VH).to(dtype)
 
 
 @dataclass(frozen=True)
@@ -74,17 +77,16 @@ def unroll(draft: Draft, target: FrozenTarget, pack: Pack, goal: Goal) -> Unroll
         teaches_N &= pack.generated_N
     rows_M = teaches_N.nonzero().flatten()
 
-    def objective(hidden_KNH: list[Tensor], head_DH: Tensor) -> tuple[Tensor, ...]:
-        teacher = Teacher(target.head_VH, pack, draft.target_ids_D, draft.t2d)
-        return _ChunkedLoss.apply(head_DH, teacher, rows_M, goal, *hidden_KNH)
+    def lose(begun: Begun) -> tuple[Tensor, ...]:
+        teacher = Teacher(draft, target, pack)
+        return _ChunkedLoss.apply(draft.lm_head.weight, teacher, rows_M, goal, *begun.unroll(len(goal.weights_K)))
 
-    return Unrolled(*run_draft(draft, target, pack, len(goal.weights_K), objective))
+    return Unrolled(*run_draft(draft, target, pack, lose))
 
 
-def run_draft(draft: Draft, target: FrozenTarget, pack: Pack, steps: int, objective: Any) -> Any:
+def run_draft(draft: Draft, target: FrozenTarget, pack: Pack, use: Callable[[Begun], Any]) -> Any:
     """The draft over a pack, from the states and tokens that it would read in the server."""
-    embed_NH = F.embedding(pack.tokens_N, target.embed_VH).to(pack.aux_N3H.dtype)
-    return draft(embed_NH, pack.aux_N3H, pack.positions_N, pack.bounds, steps, objective)
+    return draft(target.embed(pack.tokens_N, pack.aux_N3H.dtype), pack.aux_N3H, pack.positions_N, pack.bounds, use)
 
 
 class Taught(NamedTuple):
@@ -110,10 +112,10 @@ class Taught(NamedTuple):
 class Teacher:
     """The target's choice, made from its last hidden states."""
 
-    def __init__(self, head_VH: Tensor, pack: Pack, ids_D: Tensor, t2d_V: Tensor) -> None:
+    def __init__(self, draft: Draft, target: FrozenTarget, pack: Pack) -> None:
         self.pack = pack
-        self._head_VH, self._ids_D, self._t2d_V = head_VH, ids_D, t2d_V
-        self._draft_id_V = t2d_V.cumsum(0) - 1  # draft ids follow the order of the target's
+        self._head_VH, self._ids_D, self._t2d_V = target.head_VH, draft.target_ids_D, draft.t2d
+        self._draft_id_V = draft.t2d.cumsum(0) - 1  # draft ids follow the order of the target's
 
     def in_chunks(self, row_M: Tensor) -> Iterator[Taught]:
         """The teacher rows, so many at a time that their logits stay small."""

@@ -57,6 +57,7 @@ class OnlineSource:
             settings.seed,
             settings.epochs_per_token,
             settings.replay_policy,
+            settings.slice_weights,
         )
         self._assembler = Assembler(self._ledger, settings.max_sample_tokens)
         self._inbox = Inbox(self._run.spans_endpoint, self._assembler, self._ledger)
@@ -97,9 +98,9 @@ class OnlineSource:
         self._last = result
         self._trackers.log(result)
 
-    def published(self, version: int, step: int, simulated: Simulated) -> None:
+    def published(self, version: int, step: int, simulated: Simulated, slices: dict[str, Simulated]) -> None:
         self._held_out_acceptance_length = simulated.length
-        self._trackers.log_version(version, step, simulated)
+        self._trackers.log_version(version, step, simulated, slices)
         self._send(control.VersionReady(version=version, step=step))
         self._published_s = time.monotonic()
 

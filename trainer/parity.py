@@ -7,13 +7,12 @@ training would go well and acceptance would stay near 1. This compares tokens th
 import logging
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sglang_specforge.checkpoint import CheckpointError
 from sglang_specforge.contracts.control import Parity
 from sglang_specforge.settings import Run
-from trainer.draft import Draft
+from trainer.draft import Begun, Draft
 from trainer.learner import load_draft
 from trainer.loss import FrozenTarget, run_draft
 from trainer.sample import Sample, pack
@@ -41,7 +40,7 @@ class ParityCheck:
         draft = self._draft(sample.draft_version)
         if draft is None:
             return
-        top_T = run_draft(draft, self._target, pack([sample], self._device), 1, _top_of_first_step)
+        top_T = run_draft(draft, self._target, pack([sample], self._device), _top_of_first_step)
         top_ids_T = draft.target_ids_D[top_T].tolist()
         # The proposal for position p+1 was made after reading token p beside the states of p-1.
         for position, proposed in sample.proposals:
@@ -69,5 +68,5 @@ class ParityCheck:
         return self._loaded[1]
 
 
-def _top_of_first_step(hidden_KTH: list[Tensor], head_DH: Tensor) -> Tensor:
-    return F.linear(hidden_KTH[0], head_DH).argmax(-1)
+def _top_of_first_step(begun: Begun) -> Tensor:
+    return begun.draft.lm_head(begun.unroll(1)[0]).argmax(-1)

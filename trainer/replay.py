@@ -4,6 +4,7 @@ import hashlib
 import random
 import time
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 from sglang_specforge.contracts.control import Staleness, TokenLedger
@@ -20,7 +21,7 @@ class _Kept(NamedTuple):
 
 
 class ReplayBuffer:
-    """A token budget: fresh samples first, then older ones at random.
+    """A token budget: fresh samples first, then older ones at random, by the weights of their slices.
 
     What is held out is chosen by content, so that a sequence that comes again stays on its side. One that is there
     already is not stored twice. A token that comes in pays for ``epochs`` passes over a token, so that a quiet server
@@ -36,7 +37,9 @@ class ReplayBuffer:
         seed: int,
         epochs: float,
         policy: Policy = "newest",
+        slice_weights: Mapping[str, float] | None = None,
     ) -> None:
+        self._weights = slice_weights or {}
         self._ledger, self._capacity_tokens, self._holdout_every = ledger, capacity_tokens, holdout_every
         self._epochs, self._credit_tokens, self._policy = epochs, 0.0, policy
         self._held_out: OrderedDict[bytes, Sample] = OrderedDict()
@@ -83,7 +86,7 @@ class ReplayBuffer:
         """Samples for one step of at most ``batch_tokens`` tokens (or one sample that is longer): fresh ones first."""
         batch: list[_Kept] = []
         tokens = 0
-        pool = self._random.sample(list(self._trained.values()), len(self._trained))
+        pool = sorted(self._trained.values(), key=self._chance)
         while self._fresh or pool:
             kept = next(iter(self._fresh.values())) if self._fresh else pool[-1]
             tokens += len(kept.sample)
@@ -99,6 +102,10 @@ class ReplayBuffer:
                 pool.pop()
         self._look_at_age(batch)
         return [kept.sample for kept in batch]
+
+    def _chance(self, kept: _Kept) -> float:
+        """Sorted by it, samples lie in a random order, in which the weight of a slice is the chance to come last."""
+        return self._random.random() ** (1 / self._weights.get(kept.sample.slice, 1.0))
 
     def _hold_out(self, key: bytes, sample: Sample) -> None:
         self._held_out.pop(key, None)

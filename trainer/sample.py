@@ -21,6 +21,7 @@ class Sample:
     last_TH: Tensor
     generated_T: Tensor  # bool: the token after this row's is the target's (an assistant's), not a prompt's
     rejected_T: Tensor  # int64: the token that the live draft proposed there and the target refused, or -1
+    slice: str = ""  # the request's label, or the data's
     draft_version: int | None = None  # the one version that was active for all of it, or None
     proposals: list[tuple[int, int]] = field(default_factory=list)  # input token's position, token proposed after it
 

@@ -21,6 +21,7 @@ _TENSORS = tuple(f.name for f in fields(Sample) if f.type is Tensor)
 class _Plan(msgspec.Struct):
     lengths: list[int]
     starts: list[int]
+    slices: list[str]
     passes: list[list[list[int]]]  # by rank, indices
     layouts: list[tuple[str, int]]  # dtype and width of each tensor; width 0 is one number a row
 
@@ -49,7 +50,7 @@ def share_out(samples: list[Sample] | None, pass_tokens: int | None) -> list[lis
         dist.recv(joined, 0)
         columns.append(joined.split(lengths))
     received = {
-        i: Sample(rid="", start=plan.starts[i], **dict(zip(_TENSORS, tensors, strict=True)))
+        i: Sample(rid="", start=plan.starts[i], slice=plan.slices[i], **dict(zip(_TENSORS, tensors, strict=True)))
         for i, tensors in zip(own, zip(*columns, strict=True), strict=True)
     }
     return [[received[i] for i in indices] for indices in plan.passes[rank]]
@@ -59,12 +60,29 @@ def _plan(samples: list[Sample], ranks: int, pass_tokens: int | None) -> _Plan:
     lengths = list(map(len, samples))
     tensors = [getattr(samples[0], name) for name in _TENSORS]
     layouts = [(str(t.dtype).removeprefix("torch."), t.shape[1] if t.ndim > 1 else 0) for t in tensors]
-    return _Plan(lengths, [s.start for s in samples], deal(lengths, ranks, pass_tokens), layouts)
+    starts, slices = [s.start for s in samples], [s.slice for s in samples]
+    return _Plan(lengths, starts, slices, deal(lengths, ranks, pass_tokens), layouts)
 
 
 def _joined(samples: list[Sample], plan: _Plan, rank: int) -> list[Tensor]:
     own = [samples[i] for passes in plan.passes[rank] for i in passes]
     return [torch.cat([getattr(s, name) for s in own]) for name in _TENSORS] if own else []
+
+
+def gather(value: Any, kind: Any) -> list[Any]:
+    """What each process gives, of a type that msgspec decodes as ``kind``. All processes call together."""
+    if dist.get_world_size() == 1:
+        return [value]
+    own = torch.frombuffer(bytearray(msgspec.msgpack.encode(value)), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([own.numel()]))
+    longest = int(max(sizes))
+    padded = [torch.zeros(longest, dtype=torch.uint8) for _ in sizes]
+    dist.all_gather(padded, torch.nn.functional.pad(own, (0, longest - own.numel())))
+    return [
+        msgspec.msgpack.decode(content[: int(size)].numpy().tobytes(), type=kind)
+        for content, size in zip(padded, sizes, strict=True)
+    ]
 
 
 def _broadcast(plan: _Plan | None) -> Any:

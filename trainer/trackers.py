@@ -30,10 +30,13 @@ class Trackers:
         metrics = {"loss": result.loss, "grad_norm": result.grad_norm, "tokens": result.tokens, **accuracy}
         self._write(result.step, metrics)
 
-    def log_version(self, version: int, step: int, simulated: Simulated) -> None:
+    def log_version(self, version: int, step: int, simulated: Simulated, slices: dict[str, Simulated]) -> None:
+        """Held-out acceptance: its length, its rate at each place, and its length for each slice that has a name."""
         metrics: dict[str, Any] = {"version": version}
         if simulated.length is not None:
             metrics["held_out_acceptance_length"] = simulated.length
+            metrics |= {f"held_out_acceptance_{k}": rate for k, rate in enumerate(simulated.by_position)}
+        metrics |= {f"held_out_acceptance_length/{name}": found.length for name, found in slices.items() if name}
         self._write(step, metrics)
 
     def close(self) -> None:

@@ -16,7 +16,7 @@ from sglang_specforge.settings import DraftTrainingSettings, Run, SettingsError,
 from sglang_specforge.settings_flags import add_settings_flags, given_settings
 from sglang_specforge.sockets import make_socket_folder
 from sglang_specforge.target import TargetError, fingerprint_target, load_target_config, resolve_target
-from sglang_specforge.training_settings import Dtype
+from sglang_specforge.training_settings import Dtype, Speculation
 from sglang_specforge.versions import VersionFolder
 
 _PREFIX = "draft_training_"
@@ -71,7 +71,7 @@ def _start_run(args: argparse.Namespace, settings: DraftTrainingSettings) -> Non
         target_fingerprint=fingerprint_target(folder),
         draft_path=str(draft),
         served_dtype=dtype,
-        draft_steps=args.speculative_num_steps,
+        speculation=_speculation(args),
         spans_endpoint=f"ipc://{sockets}/spans",
         control_endpoint=f"ipc://{sockets}/control",
     ).export()
@@ -122,10 +122,18 @@ def _refuse_contradictions(args: argparse.Namespace) -> None:
         raise SettingsError("--enable-draft-training needs --tokenizer-worker-num 1")
 
 
+def _speculation(args: Any) -> Speculation:
+    try:
+        return Speculation(args.speculative_num_steps, args.speculative_eagle_topk, args.speculative_num_draft_tokens)
+    except ValueError as error:
+        raise SettingsError(f"--speculative-num-draft-tokens: {error}") from error
+
+
 def _set_speculative_defaults(args: Any) -> None:
     args.speculative_algorithm = "EAGLE3"
     args.speculative_num_steps = args.speculative_num_steps or _DEFAULT_STEPS
     args.speculative_eagle_topk = args.speculative_eagle_topk or _DEFAULT_TOPK
     if args.speculative_num_draft_tokens is None:
-        nodes = args.speculative_num_steps * args.speculative_eagle_topk
-        args.speculative_num_draft_tokens = min(1 + nodes, 16)
+        args.speculative_num_draft_tokens = Speculation.default_tokens(
+            args.speculative_num_steps, args.speculative_eagle_topk
+        )

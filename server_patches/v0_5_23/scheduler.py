@@ -5,6 +5,7 @@ Shapes: B requests, N rows, R rows a request (longest path through a draft tree)
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import compress
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from sglang_specforge.draft_bank import DraftBank
 from sglang_specforge.export.entry import CapturedRequest, HostCopier, VerifyMeta
 from sglang_specforge.export.exporter import Exporter
 from sglang_specforge.settings import Run
+
+OPT_KEY, SLICE_KEY = "draft_training", "draft_slice"  # of a request's custom_params
+_LONGEST_SLICE = 64  # characters
 
 
 @dataclass
@@ -79,32 +83,42 @@ def _guarded(capture: Callable[..., None], batch: Any, *args: Any) -> None:
 
 
 def _capture_prefill(batch: Any, result: Any, tokens_N: torch.Tensor) -> None:
-    output = result.logits_output
-    spans = zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True)
-    _capture([_describe(*span) for span in spans], output.hidden_states, output.last_hidden_states, tokens_N)
-    for req in batch.reqs:
-        if not req.rid.startswith(HEALTH_CHECK_RID_PREFIX):
-            _this.exporter.watch(_Watched(req))
+    spans = list(zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True))
+    captured = [_is_captured(req) for req in batch.reqs]
+    states = result.logits_output.hidden_states, result.logits_output.last_hidden_states, tokens_N
+    if not all(captured):
+        lengths = torch.tensor(batch.extend_lens)
+        rows = torch.tensor(captured).repeat_interleave(lengths).nonzero().flatten().to(tokens_N.device)
+        states = tuple(state[rows] for state in states)
+    spans = list(compress(spans, captured))
+    _capture([_describe(*span) for span in spans], *states)
+    for req, *_ in spans:
+        _this.exporter.watch(_Watched(req))
 
 
 def _capture_verify(batch: Any, result: Any) -> None:
     """Rows of the accepted paths, the same number for every request."""
-    path_BR = result.accept_index.long().clamp(min=0)
+    requests = [b for b, req in enumerate(batch.reqs) if _is_captured(req)]
+    picked_B = slice(None)  # a view; picking out copies
+    if len(requests) < len(batch.reqs):
+        picked_B = torch.tensor(requests, dtype=torch.int64, device=result.accept_lens.device)
+    all_drafted_BN = batch.spec_info.draft_token.view(len(batch.reqs), -1)
+    path_BR = result.accept_index.long().clamp(min=0)[picked_B]
+    drafted_BN = all_drafted_BN[picked_B]
     B, R = path_BR.shape
-    drafted_BN = batch.spec_info.draft_token.view(B, -1)
-    aux_BN3H = result.logits_output.hidden_states.view(B, drafted_BN.shape[1], -1)
     # SGLang has moved a tree's accepted path to the front of the aux states, but not of the last hidden states.
-    aux_N3H = aux_BN3H[:, :R].reshape(B * R, -1)
+    aux_BR3H = result.logits_output.hidden_states.view(*all_drafted_BN.shape, -1)[picked_B, :R]
     last_NH = result.logits_output.last_hidden_states[path_BR.view(-1)]
-    tokens_N = drafted_BN.reshape(-1)[path_BR.view(-1)]
+    tokens_N = all_drafted_BN.reshape(-1)[path_BR.view(-1)]
     nothing_B = torch.full_like(drafted_BN[:, 0], -1)
     proposed_B = drafted_BN[:, 1] if drafted_BN.shape[1] > 1 else nothing_B
     # In a chain, the draft after the accepted ones is the refused one; a tree may have refused several.
     refused_BN = torch.cat([drafted_BN, nothing_B[:, None]], 1) if drafted_BN.shape[1] == R else nothing_B[:, None]
-    last_B1 = result.accept_lens.long()[:, None].clamp(max=refused_BN.shape[1] - 1)
-    facts = (batch.seq_lens, result.accept_lens, proposed_B, refused_BN.gather(1, last_B1)[:, 0])
-    meta = VerifyMeta(R, torch.stack([fact.long() for fact in facts]))
-    _capture([_describe(r) for r in batch.reqs], aux_N3H, last_NH, tokens_N, meta)
+    accepted_B = result.accept_lens[picked_B].long()
+    last_B1 = accepted_B[:, None].clamp(max=refused_BN.shape[1] - 1)
+    facts = (batch.seq_lens[picked_B].long(), accepted_B, proposed_B.long(), refused_BN.gather(1, last_B1)[:, 0].long())
+    meta = VerifyMeta(R, torch.stack(facts))
+    _capture([_describe(batch.reqs[b]) for b in requests], aux_BR3H.flatten(0, 1), last_NH, tokens_N, meta)
 
 
 def after_abort(result: None, scheduler: Any, abort_req: Any, req: Any) -> None:
@@ -149,8 +163,15 @@ def _capture(
     tokens_N: torch.Tensor,
     verify: VerifyMeta | None = None,
 ) -> None:
+    if not requests:
+        return
     states = {"aux_N3H": aux_N3H, "last_NH": last_NH}
     _this.exporter.capture(_this.copier.copy(requests, _this.bank.active_version, states, tokens_N, verify))
+
+
+def _is_captured(req: Any) -> bool:
+    """No health check, not finished before the pass, and its user has not asked to be left out."""
+    return not (req.finished() or req.rid.startswith(HEALTH_CHECK_RID_PREFIX) or _asked(req).get(OPT_KEY) is False)
 
 
 def _describe(req: Any, start: int = 0, length: int = 0) -> CapturedRequest:
@@ -160,8 +181,13 @@ def _describe(req: Any, start: int = 0, length: int = 0) -> CapturedRequest:
         cached_tokens=req.cached_tokens,
         start=start,
         length=length,
-        skipped=req.finished() or req.rid.startswith(HEALTH_CHECK_RID_PREFIX),
+        slice=str(_asked(req).get(SLICE_KEY, ""))[:_LONGEST_SLICE],
     )
+
+
+def _asked(req: Any) -> dict[str, Any]:
+    """What the request says of draft training, among its ``custom_params``."""
+    return req.sampling_params.custom_params or {}
 
 
 class _Watched:

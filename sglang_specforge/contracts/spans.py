@@ -11,7 +11,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 
 class Span(msgspec.Struct, array_like=True, frozen=True):
@@ -25,6 +25,7 @@ class Span(msgspec.Struct, array_like=True, frozen=True):
     cached_tokens: int  # positions below came from the prefix cache when the request was first prefilled
     proposed: int = -1  # token that the draft proposed for position start + 1; -1 for prefill
     rejected: int = -1  # token that the draft proposed for the position after the span, and the target did not take
+    slice: str = ""  # the request's label: what sampling weights and evaluation tell apart
 
 
 class TensorLayout(msgspec.Struct, array_like=True, frozen=True):

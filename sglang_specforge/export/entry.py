@@ -23,7 +23,7 @@ class CapturedRequest:
     cached_tokens: int
     start: int = 0  # prefill: first position of the pass
     length: int = 0  # prefill: tokens of the pass
-    skipped: bool = False  # rows that are no span: health checks, requests already finished
+    slice: str = ""  # its label
 
 
 @dataclass(slots=True)
@@ -55,8 +55,8 @@ class Entry:
     def _prefill_spans(self) -> list[Span]:
         spans, row = [], 0
         for r in self.requests:
-            if not r.skipped and r.length:
-                spans.append(Span(r.rid, r.start, r.length, row, r.prompt_tokens, r.cached_tokens))
+            if r.length:
+                spans.append(Span(r.rid, r.start, r.length, row, r.prompt_tokens, r.cached_tokens, slice=r.slice))
             row += r.length
         return spans
 
@@ -64,9 +64,8 @@ class Entry:
         R = self.verify.rows_per_request
         facts = zip(*self.verify.facts_4B.tolist(), strict=True)
         return [
-            Span(r.rid, start, length, b * R, r.prompt_tokens, r.cached_tokens, proposed, rejected)
+            Span(r.rid, start, length, b * R, r.prompt_tokens, r.cached_tokens, proposed, rejected, r.slice)
             for b, (r, (start, length, proposed, rejected)) in enumerate(zip(self.requests, facts, strict=True))
-            if not r.skipped
         ]
 
 

@@ -113,7 +113,7 @@ class Preparation:
             return Skipped(f"shorter than {shortest} tokens")
         if len(ids) > longest:
             return Skipped(f"longer than {longest} tokens")
-        return Prepared.of(ids, mask) if any(mask) else Skipped("nothing to learn")
+        return Prepared.of(ids, mask, row["slice"]) if any(mask) else Skipped("nothing to learn")
 
     def _encode(self, row: dict[str, Any]) -> tuple[list[int], list[bool]]:
         messages = to_messages(row, self._layout)

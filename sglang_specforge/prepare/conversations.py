@@ -21,7 +21,9 @@ class Skipped(ValueError):
 
 
 def read_rows(source: str, split: str) -> Iterator[dict[str, Any]]:
-    """Rows of a local file (by its suffix) or of a Hugging Face dataset, streamed.
+    """Rows of a local file (by its suffix) or of a Hugging Face dataset, streamed; each with its ``slice``.
+
+    A row's own column of that name counts, or else the name of the file or dataset.
 
     Raises:
         FileNotFoundError: ``source`` looks like a file and is not there.
@@ -31,11 +33,12 @@ def read_rows(source: str, split: str) -> Iterator[dict[str, Any]]:
     if path.is_file():
         if path.suffix not in _BUILDERS:
             raise ValueError(f"{source}: {path.suffix or 'no suffix'} is not read; accepted are {', '.join(_BUILDERS)}")
-        yield from datasets.load_dataset(_BUILDERS[path.suffix], data_files=source, split="train", streaming=True)
+        rows = datasets.load_dataset(_BUILDERS[path.suffix], data_files=source, split="train", streaming=True)
     elif path.suffix in _BUILDERS:
         raise FileNotFoundError(f"{source} is not there")
     else:
-        yield from datasets.load_dataset(source, split=split, streaming=True)
+        rows = datasets.load_dataset(source, split=split, streaming=True)
+    yield from ({**row, "slice": str(row.get("slice") or path.stem)} for row in rows)
 
 
 def to_messages(row: dict[str, Any], layout: Layout) -> list[Message] | str:

@@ -7,10 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import zmq
 
 from sglang_specforge.contracts.control import TokenLedger
+from sglang_specforge.contracts.spans import Captured, decode
 from sglang_specforge.prepared import PreparedFile
-from sglang_specforge.training_settings import Job, TrainingSettings
+from sglang_specforge.training_settings import Job, Speculation, TrainingSettings
 from sglang_specforge.versions import VersionFolder
 from tests.e2e.conftest import TARGET, outputs, prompts, settled, wait_for
 from trainer.assemble import Assembler
@@ -70,6 +72,43 @@ def accepted(answers):
     return sum(a["meta_info"]["spec_accept_length"] for a in answers) / len(answers)
 
 
+def test_a_request_names_its_slice_or_stays_out_of_training(start):
+    client = start("--dtype", "float32", training=CAPTURING)
+    ledger = TokenLedger()
+    assembler = Assembler(ledger, 4096)
+    socket = zmq.Context.instance().socket(zmq.PULL)
+    socket.bind(client.status()["spans_endpoint"])
+    asked = [{"draft_slice": "code"}, {"draft_training": False}, None]
+    expected = {str(i): "code" if i % 3 == 0 else "" for i in range(12) if i % 3 != 1}
+    sampling = {"temperature": 0, "max_new_tokens": 12}
+
+    def ask(i):
+        text, rid, custom = prompts(12, seed=300)[i], f"{i}", asked[i % 3]
+        if i < 6:
+            given = {"sampling_params": {**sampling, "custom_params": custom}}
+            return client.post("/generate", json={"text": text, "rid": rid, "extra_key": rid, **given})
+        message = {"messages": [{"role": "user", "content": text}], "model": "m", "max_tokens": 12}
+        return client.post("/v1/chat/completions", json={**message, "rid": rid, "custom_params": custom})
+
+    samples = {}
+
+    def hear():
+        while socket.poll(100):
+            message, tensors = decode([frame.buffer for frame in socket.recv_multipart(copy=False)])
+            if isinstance(message, Captured) and message.spans[0].proposed < 0:
+                assert len(tensors["tokens_N"]) == message.tokens  # nobody else's rows ride along
+            samples.update({sample.rid: sample for sample in assembler.add(message, tensors)})
+        return set(expected) <= set(samples)
+
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(ask, range(12)))
+        wait_for("the states of eight requests", hear, 60)
+    socket.close()
+    assert [answer.status_code for answer in answers] == [200] * 12
+    assert {rid: sample.slice for rid, sample in samples.items() if len(rid) < 3} == expected
+    assert assembler.open_tokens == 0
+
+
 def test_prepared_captured_trained_and_served(start, reference, tmp_path):
     expected = reference()
     client = start("--dtype", "float32", training=CAPTURING)
@@ -81,11 +120,19 @@ def test_prepared_captured_trained_and_served(start, reference, tmp_path):
     assert sample.tokens_T.tolist() == prepared[3].input_ids
     best = train(data, tmp_path / "run", epochs=12)
 
-    client = start("--dtype", "float32", "--speculative-draft-model-path", best, training=CAPTURING)
-    samples, answers = serve_and_listen(client, prompts(100, seed=200))
-    assert outputs(client.generate_all(prompts(50))) == expected
-    assert accepted(answers) > 1.5
-    assert_simulation_agrees(client, best, samples, answers)
+    for served in (Speculation(3), Speculation(3, topk=4, tokens=8)):
+        client = start("--dtype", "float32", *speculative_flags(served, best), training=CAPTURING)
+        samples, answers = serve_and_listen(client, prompts(100, seed=200))
+        assert outputs(client.generate_all(prompts(50))) == expected
+        assert accepted(answers) > 1.5
+        assert_simulation_agrees(client, best, served, samples, answers)
+
+
+def speculative_flags(speculation, draft):
+    return [
+        "--speculative-draft-model-path", draft, "--speculative-num-steps", speculation.steps,
+        "--speculative-eagle-topk", speculation.topk, "--speculative-num-draft-tokens", speculation.drafts + 1,
+    ]  # fmt: skip
 
 
 def serve_and_listen(client, texts):
@@ -114,16 +161,16 @@ def serve_and_listen(client, texts):
     return [samples[rid] for rid in rids], [answer.result() for answer in answers]
 
 
-def assert_simulation_agrees(client, checkpoint, samples, answers):
+def assert_simulation_agrees(client, checkpoint, speculation, samples, answers):
     status = client.status()
     job = Job(
         settings=TrainingSettings(), target_path=status["target_path"], target_fingerprint=status["target_fingerprint"],
-        draft_path=str(checkpoint), served_dtype="float32", draft_steps=3,
+        draft_path=str(checkpoint), served_dtype="float32", speculation=speculation,
     )  # fmt: skip
     draft, target = load_draft(job, checkpoint), load_target(job, torch.float32, torch.device("cpu"))
     lengths = []
     for sample, answer in zip(samples, answers, strict=True):
-        found = simulate(draft, target, [sample], 3)
+        found = simulate(draft, target, [sample], speculation)
         assert found.tokens == answer["meta_info"]["completion_tokens"]
         lengths.append(found.tokens / found.verify_steps)
     assert sum(lengths) / len(lengths) == pytest.approx(accepted(answers), rel=0.03)

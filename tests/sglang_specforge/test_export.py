@@ -83,10 +83,14 @@ def test_what_is_captured_arrives_bit_by_bit(endpoint):
 
 def test_verify_spans_are_the_accepted_paths():
     copier = HostCopier(HostRing(1 << 16, False), torch.device("cpu"))
-    requests = [CapturedRequest("a", 4, 0), CapturedRequest("b", 4, 0, skipped=True), CapturedRequest("c", 4, 2)]
+    requests = [CapturedRequest("a", 4, 0), CapturedRequest("b", 4, 0), CapturedRequest("c", 4, 2, slice="code")]
     meta = VerifyMeta(3, torch.tensor([[10, 20, 30], [2, 3, 1], [7, 8, 9], [5, -1, 6]]))
     entry = copier.copy(requests, 0, states(9), torch.arange(9), meta)
-    assert entry.spans() == [spans.Span("a", 10, 2, 0, 4, 0, 7, 5), spans.Span("c", 30, 1, 6, 4, 2, 9, 6)]
+    assert entry.spans() == [
+        spans.Span("a", 10, 2, 0, 4, 0, 7, 5),
+        spans.Span("b", 20, 3, 3, 4, 0, 8, -1),
+        spans.Span("c", 30, 1, 6, 4, 2, 9, 6, "code"),
+    ]
 
 
 def test_without_a_reader_tokens_are_dropped_and_counted(endpoint):

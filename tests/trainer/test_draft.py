@@ -37,8 +37,8 @@ def serve_chain(draft, embed_LH, aux_L3H, row, steps, first_position):
     return logits
 
 
-def all_logits(hidden, head):
-    return [h @ head.T for h in hidden]
+def chain_logits(steps):
+    return lambda begun: [begun.draft.lm_head(hidden) for hidden in begun.unroll(steps)]
 
 
 @pytest.mark.parametrize("first_position", [0, 5])
@@ -50,7 +50,7 @@ def test_each_row_sees_what_a_served_chain_sees(tmp_path, first_position):
     next_embed_TH = torch.nn.functional.pad(embed_TH, (0, 0, 0, 1))[1:]
     with torch.no_grad():
         positions = first_position + torch.arange(T)
-        unrolled = draft(embed_TH, sample.aux_T3H, positions, [(0, T)], steps, all_logits)
+        unrolled = draft(embed_TH, sample.aux_T3H, positions, [(0, T)], chain_logits(steps))
         for row in range(T - steps):
             served = serve_chain(draft, next_embed_TH, sample.aux_T3H, row, steps, first_position)
             for k in range(steps):
@@ -65,10 +65,10 @@ def test_samples_in_a_pack_do_not_see_each_other(tmp_path):
     positions = [torch.arange(n) + 7 * i for i, n in enumerate(lengths)]
     with torch.no_grad():
         packed = draft(
-            torch.cat(embeds), torch.cat(auxes), torch.cat(positions), [(0, 6), (6, 9), (9, 17)], steps, all_logits
+            torch.cat(embeds), torch.cat(auxes), torch.cat(positions), [(0, 6), (6, 9), (9, 17)], chain_logits(steps)
         )
         for first, n, *inputs in zip([0, 6, 9], lengths, embeds, auxes, positions, strict=True):
-            alone = draft(*inputs, [(0, n)], steps, all_logits)
+            alone = draft(*inputs, [(0, n)], chain_logits(steps))
             for k in range(steps):
                 rows = n - 1 - k  # the rows after these have no teacher, and read beyond the sample
                 torch.testing.assert_close(packed[k][first : first + rows], alone[k][:rows])

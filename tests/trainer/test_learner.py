@@ -34,13 +34,21 @@ def run(tmp_path):
 def test_the_loss_falls_and_acceptance_rises_on_a_sample_seen_again(run):
     # The head's weights are small: large states make a teacher that has something to say.
     learner, samples = Learner(run, CPU), [make_sample(24, last_TH=100 * torch.randn(24, 16))]
-    before = learner.simulate([samples], 3).length
+    before = learner.simulate([samples])[""].length
     first = learner.train([samples]).loss
     for _ in range(60):
         last = learner.train([samples])
     assert last.loss < 0.7 * first
     assert last.step == 61
-    assert learner.simulate([samples], 3).length > before
+    assert learner.simulate([samples])[""].length > before
+
+
+def test_acceptance_is_told_apart_by_slice(run):
+    learner = Learner(run, CPU)
+    samples = [make_sample(16, seed=i, slice=name) for i, name in enumerate(["code", "chat", "code"])]
+    found = learner.simulate([[s] for s in samples] + [[]])
+    assert {name: (s.sequences, s.tokens) for name, s in found.items()} == {"chat": (1, 13), "code": (2, 26)}
+    assert found["chat"] == learner.simulate([[samples[1]]])["chat"]
 
 
 def test_a_published_version_passes_the_servers_checks_and_carries_the_weights(run):
@@ -99,7 +107,9 @@ def test_parity_tells_the_served_version_from_another(run, caplog):
     sample = make_sample(20)
     embed = learner.target.embed_VH[sample.tokens_T]
     with torch.no_grad():
-        logits = draft(embed, sample.aux_T3H, torch.arange(20), [(0, 20)], 1, lambda h, head: h[0] @ head.T)
+        logits = draft(
+            embed, sample.aux_T3H, torch.arange(20), [(0, 20)], lambda begun: draft.lm_head(begun.unroll(1)[0])
+        )
     top = logits.argmax(-1)
     proposals = [(p, int(top[p - 1])) for p in range(4, 19)]
     check.compare(make_sample(20, proposals=proposals))

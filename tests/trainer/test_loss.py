@@ -38,8 +38,8 @@ def reference(draft, target, samples, settings):
     for sample in samples:
         T = len(sample)
         logits = draft(
-            target.embed_VH[sample.tokens_T], sample.aux_T3H, sample.start + torch.arange(T), [(0, T)], STEPS,
-            lambda hidden, head: [h @ head.T for h in hidden],
+            target.embed_VH[sample.tokens_T], sample.aux_T3H, sample.start + torch.arange(T), [(0, T)],
+            lambda begun: [draft.lm_head(hidden) for hidden in begun.unroll(STEPS)],
         )  # fmt: skip
         teacher_logits = sample.last_TH @ target.head_VH.T
         for t in range(T):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def write(folder, target, samples=40, stored="float32", shard_bytes=20_000):
     for i in range(samples):
         states = make_states(i)
         if states[0] not in writer.stored_ids:
-            writer.add(*states)
+            writer.add(*states, slice=("even", "odd")[i % 2])
     writer.flush()
     return writer
 
@@ -72,6 +73,17 @@ def test_states_come_back_as_they_were_stored(tmp_path, target, stored, error):
             highest = wanted.abs().amax(-1, keepdim=True)
             assert ((states.float() - wanted).abs() <= error * wanted.abs() + error * highest / 64).all()
     assert samples.damaged == []
+
+
+def test_slices_are_drawn_by_their_weights_and_evaluated_apart(tmp_path, data):
+    main(flags(tmp_path / "run", data, slice_weights="even=2.5,odd=0.5", epochs=40, holdout_every=4))
+    samples = StoredSamples(data)
+    tokens = Counter()
+    for entry in Split.of(samples.entries, 4).training:
+        tokens[entry.slice] += 40 * entry.length * {"even": 2.5, "odd": 0.5}[entry.slice]
+    lines = [json.loads(line) for line in _lines(tmp_path / "run")]
+    assert sum(line.get("tokens", 0) for line in lines) == pytest.approx(tokens.total(), rel=0.05)
+    assert {"held_out_acceptance_length/even", "held_out_acceptance_length/odd"} <= set(lines[-1])
 
 
 def test_what_is_stored_is_not_stored_again_and_files_are_the_owners_alone(data, target):
@@ -190,6 +202,8 @@ def test_versions_best_and_the_draft_vocabulary_of_the_data(tmp_path, data, caps
         ({}, "dataset.json cannot be read"),
         ({"objective": "mse"}, "'objective' = 'mse' is not accepted"),
         ({"cpu_offload": "true"}, "cpu_offload is for"),
+        ({"slice_weights": "code=0"}, "the weight of slice 'code' is 0.0"),
+        ({"draft_topk": 2, "draft_tokens": 99}, "such a tree has 2 to 11"),
     ],
 )
 def test_bad_settings_and_no_data_are_named(tmp_path, capsys, given, named):

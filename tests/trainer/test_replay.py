@@ -1,13 +1,17 @@
 """What is trained on, how often, and what is forgotten."""
 
+from collections import Counter
+
+import pytest
+
 from sglang_specforge.contracts.control import TokenLedger
 from tests.tiny import make_sample
 from trainer.replay import ReplayBuffer
 
 
-def make(capacity=1000, holdout_every=1 << 32, epochs=2.0, policy="newest"):
+def make(capacity=1000, holdout_every=1 << 32, epochs=2.0, policy="newest", **more):
     ledger = TokenLedger()
-    return ReplayBuffer(ledger, capacity, holdout_every, seed=0, epochs=epochs, policy=policy), ledger
+    return ReplayBuffer(ledger, capacity, holdout_every, seed=0, epochs=epochs, policy=policy, **more), ledger
 
 
 def test_fresh_samples_come_first_and_are_counted_once():
@@ -100,3 +104,13 @@ def test_the_oldest_are_forgotten_and_untrained_ones_counted():
     buffer.add(make_sample(10, seed=5))
     assert ledger.dropped == {"replay_full": 10}
     assert [s.rid for s in buffer.draw(30)] == ["r3", "r4", "r5"]
+
+
+def test_older_samples_are_drawn_by_the_weights_of_their_slices():
+    buffer, _ = make(slice_weights={"code": 4.0})
+    for seed in range(20):
+        buffer.add(make_sample(10, seed=seed, slice=("code", "chat")[seed % 2]))
+    buffer.draw(200)
+    drawn = Counter(sample.slice for _ in range(2000) for sample in buffer.draw(10))
+    assert drawn["code"] + drawn["chat"] == 2000
+    assert drawn["code"] / drawn["chat"] == pytest.approx(4, rel=0.15)

@@ -11,12 +11,14 @@ from trainer.evaluate import Simulated
 from trainer.learner import Trained
 from trainer.trackers import MissingTracker, Trackers
 
+NOTHING = Simulated.nothing(1)
+
 
 def log(settings, first, last):
     trackers = Trackers(settings, first - 1)
     for step in range(first, last + 1):
         trackers.log(Trained(step, step / 10, 1.0, [0.5, 0.25], 64))
-    trackers.log_version(1, last, Simulated(10, 1, 3.0, [2.0]))
+    trackers.log_version(1, last, Simulated(10, 1, 3.0, [2.0]), {"": NOTHING, "code": Simulated(7, 1, 3.0, [2.0])})
     trackers.close()
 
 
@@ -33,7 +35,10 @@ def test_a_line_a_step_and_those_of_a_life_cut_off_are_taken_back(tmp_path):
     found = lines(settings)
     assert [line["step"] for line in found] == [1, 2, 3, 4, 5, 6, 6]
     assert found[3] == {"step": 4, "loss": 0.4, "grad_norm": 1.0, "tokens": 64, "accuracy_0": 0.5, "accuracy_1": 0.25}
-    assert found[-1] == {"step": 6, "version": 1, "held_out_acceptance_length": 3.0}
+    assert found[-1] == {
+        "step": 6, "version": 1, "held_out_acceptance_length": 3.0, "held_out_acceptance_0": pytest.approx(2 / 3),
+        "held_out_acceptance_length/code": 2.0,
+    }  # fmt: skip
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path, monkeypatch):

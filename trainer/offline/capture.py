@@ -118,7 +118,10 @@ class Capture:
             return
         mask_T = torch.tensor(sent.sequence.loss_mask)
         generated_T = torch.cat([mask_T[1:], torch.zeros(1, dtype=torch.bool)])
-        self._writer.add(sent.sequence.id, sample.tokens_T, generated_T, sample.aux_T3H, sample.last_TH)
+        sequence = sent.sequence
+        self._writer.add(
+            sequence.id, sample.tokens_T, generated_T, sample.aux_T3H, sample.last_TH, slice=sequence.slice
+        )
         self.report.stored += 1
         self.report.stored_tokens += len(sample)
         del self._under_way[sample.rid]

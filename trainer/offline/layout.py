@@ -15,7 +15,7 @@ import xxhash
 from torch import Tensor
 
 Stored = Literal["bfloat16", "float32", "float8"]
-_FORMAT = 1
+_FORMAT = 2
 _FP8 = torch.float8_e4m3fn
 _FP8_MAX = torch.finfo(_FP8).max
 
@@ -26,6 +26,7 @@ INDEX = pa.schema(
         ("length", pa.int32()),
         ("generated_tokens", pa.int32()),
         ("checksum", pa.uint64()),
+        ("slice", pa.string()),
     ]
 )
 

@@ -27,6 +27,7 @@ class Entry(NamedTuple):
     row: int
     length: int
     checksum: int
+    slice: str
 
 
 class StoredSamples:
@@ -79,7 +80,13 @@ class StoredSamples:
             return self._leave_out(entry, str(error))
         if checksum(rows) != entry.checksum:
             return self._leave_out(entry, "its bytes do not match their checksum")
-        return Sample(rid=entry.id, start=0, rejected_T=torch.full((entry.length,), -1), **decode(self.manifest, rows))
+        return Sample(
+            rid=entry.id,
+            start=0,
+            rejected_T=torch.full((entry.length,), -1),
+            slice=entry.slice,
+            **decode(self.manifest, rows),
+        )
 
     def _add_shard(self, index: Path) -> None:
         try:
@@ -89,7 +96,8 @@ class StoredSamples:
             self._note(f"shard {index.stem}: {error}")
             return
         self.entries += [
-            Entry(row["id"], index.stem, row["row"], row["length"], row["checksum"]) for row in table.to_pylist()
+            Entry(row["id"], index.stem, row["row"], row["length"], row["checksum"], row["slice"])
+            for row in table.to_pylist()
         ]
 
     def _open_shard(self, name: str) -> Any:

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from sglang_specforge.new_draft import Recipe
-from sglang_specforge.training_settings import TrainingSettings
+from sglang_specforge.training_settings import Speculation, TrainingSettings
 from trainer.deal import deal
 from trainer.evaluate import Simulated
 from trainer.learner import Trained
@@ -33,12 +33,26 @@ class OfflineSettings(TrainingSettings):
     draft_vocab_size: int = Field(
         32_000, ge=8, description="Draft vocabulary of a random draft: the most frequent tokens."
     )
-    draft_steps: int = Field(3, ge=1, le=16, description="Length of the chain that evaluation simulates.")
+    draft_steps: int = Field(
+        3, ge=1, le=16, description="Draft tokens one after another that evaluation simulates, as the server will."
+    )
+    draft_topk: int = Field(1, ge=1, le=16, description="Branches of each of those; above 1, a tree.")
+    draft_tokens: int | None = Field(None, description="Rows of a verification of a tree.")
     epochs: int = Field(1, ge=1, description="Passes over the data.")
     max_steps: int | None = Field(None, ge=1, description="Steps after which training ends, whatever the epochs.")
     holdout_every: int = Field(20, ge=2, description="One sample in so many is held out for evaluation.")
     evaluated_samples: int = Field(64, ge=1, description="Held-out samples of an evaluation.")
     publish_every_steps: int = Field(1000, ge=1, description="Steps between two versions, each with a checkpoint.")
+
+    @property
+    def speculation(self) -> Speculation:
+        """What evaluation simulates."""
+        return Speculation(self.draft_steps, self.draft_topk, self.draft_tokens)
+
+    @model_validator(mode="after")
+    def _check_tree(self) -> "OfflineSettings":
+        Speculation(self.draft_steps, self.draft_topk, self.draft_tokens)
+        return self
 
 
 class Split(NamedTuple):
@@ -64,7 +78,8 @@ class Split(NamedTuple):
 
     def planned_steps(self, settings: OfflineSettings) -> int:
         """About how many steps there are in all."""
-        tokens = settings.epochs * sum(entry.length for entry in self.training)
+        weights = settings.slice_weights
+        tokens = int(settings.epochs * sum(weights.get(entry.slice, 1.0) * entry.length for entry in self.training))
         steps = -(-tokens // settings.batch_tokens)
         return min(steps, settings.max_steps or steps)
 
@@ -114,8 +129,8 @@ class OfflineSource:
         self._trackers.log(result)
         self._progress.trained(result)
 
-    def published(self, version: int, step: int, simulated: Simulated) -> None:
-        self._trackers.log_version(version, step, simulated)
+    def published(self, version: int, step: int, simulated: Simulated, slices: dict[str, Simulated]) -> None:
+        self._trackers.log_version(version, step, simulated, slices)
         self._progress.published(version, step, simulated)
 
     def beat(self, learning: bool) -> None:
@@ -144,10 +159,16 @@ class OfflineSource:
 
     def _shuffled(self, epoch: int) -> list[Entry]:
         generator = torch.Generator().manual_seed(self._settings.seed * 1_000_003 + epoch)
-        return [self._training[i] for i in torch.randperm(len(self._training), generator=generator)]
+        weights = self._settings.slice_weights
+        weight_S = torch.tensor([weights.get(entry.slice, 1.0) for entry in self._training], dtype=torch.float64)
+        # A weight of 2.3 is two times, and a third with chance 0.3.
+        times_S = (weight_S + torch.rand(len(weight_S), generator=generator, dtype=torch.float64)).long()
+        drawn = torch.arange(len(times_S)).repeat_interleave(times_S)
+        return [self._training[drawn[i]] for i in torch.randperm(len(drawn), generator=generator)]
 
     def _order_digest(self) -> str:
-        return f"{self._samples.digest}/{self._settings.seed}/{self._settings.holdout_every}"
+        settings = self._settings
+        return f"{self._samples.digest}/{settings.seed}/{settings.holdout_every}/{settings.slice_weights}"
 
     def _load(self, entries: list[Entry]) -> list[Sample]:
         return [sample for entry in entries if (sample := self._samples.load(entry)) is not None]

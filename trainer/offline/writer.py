@@ -40,7 +40,9 @@ class DatasetWriter:
         self._entries: list[dict[str, object]] = []
         self._buffered_rows = 0
 
-    def add(self, id: str, tokens_T: Tensor, generated_T: Tensor, aux_T3H: Tensor, last_TH: Tensor) -> None:
+    def add(
+        self, id: str, tokens_T: Tensor, generated_T: Tensor, aux_T3H: Tensor, last_TH: Tensor, slice: str = ""
+    ) -> None:
         rows = encode(self._manifest, tokens_T, generated_T, aux_T3H, last_TH)
         length = tokens_T.numel()
         if self._rows and self._buffered_rows + length > self._shard_rows:
@@ -48,7 +50,7 @@ class DatasetWriter:
         self._entries.append(
             {
                 "id": id, "row": self._buffered_rows, "length": length,
-                "generated_tokens": int(generated_T.sum()), "checksum": checksum(rows),
+                "generated_tokens": int(generated_T.sum()), "checksum": checksum(rows), "slice": slice,
             }
         )  # fmt: skip
         self._rows.append(rows)
