@@ -32,6 +32,9 @@ class DraftTrainingSettings(TrainingSettings):
     trainer_processes: int = Field(1, ge=1, description="Processes of the trainer; with CUDA, one on each GPU.")
     ring_mb: int = Field(256, ge=1, description="Host memory for captured states on their way to the trainer, in MiB.")
     max_sample_tokens: int = Field(2048, ge=8, description="Longest sample; the rest of a longer request is dropped.")
+    prefix_store_mb: int = Field(
+        512, ge=0, description="Memory of the trainer for states of prefixes that the server caches, in MiB; 0: none."
+    )
     replay_tokens: int = Field(262_144, ge=8, description="Tokens the trainer keeps to train on again.")
     replay_policy: Literal["newest", "reservoir"] = Field(
         "newest", description="Which samples stay when there are too many: the newest, or a thinning share of all."

@@ -33,6 +33,7 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
             "  trains on",
             f"{trainer['staleness']['buffered_samples']:,} samples, of the last step {_age(trainer['staleness'])}",
         ),
+        ("  cached prefixes", _prefixes(trainer["prefixes"])),
         ("  parity", f"{trainer['parity']['agreed']}/{trainer['parity']['compared']}"),
     ]
     if process := trainer["process"]:
@@ -52,3 +53,10 @@ def _age(staleness: dict[str, float]) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
+
+
+def _prefixes(counts: dict[str, int]) -> str:
+    return (
+        f"{counts['whole_prefixes']:,} of {counts['prefixes']:,} completed, "
+        f"{counts['missing_tokens']:,} tokens missing, {counts['stored_bytes'] >> 20:,} MiB kept"
+    )

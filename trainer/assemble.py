@@ -1,17 +1,23 @@
 """Spans into samples: one request's positions in order, repeats resolved, everything left out counted.
 
+What the server had cached of a request is put back from the prefix store, and what comes is kept there.
+
 A retracted request sends positions again: the newest wins. Positions beyond the request's end were computed
 but are no part of it. A hole (spans dropped on the server) ends a sample.
 """
 
 import time
 from collections import OrderedDict
+from dataclasses import replace
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sglang_specforge.contracts.control import TokenLedger
 from sglang_specforge.contracts.spans import Captured, Finished, Message, Span
+from trainer.prefix_store import PrefixStore
 from trainer.sample import Sample
 
 _REMEMBERED_ENDS = 4096
@@ -23,9 +29,18 @@ class _Open:
 
     def __init__(self, first: Span) -> None:
         self.prompt_tokens, self.slice = first.prompt_tokens, first.slice
+        # Tokens from position 0 on, as far as they are known from prefill; None where they are not.
+        self.head_T = _tokens_of(first.prefix) if first.prefix or not first.start else None
         self.pieces: list[tuple[Span, int, dict[str, Tensor]]] = []  # span, draft version, its rows
         self.tokens = 0
         self.touched_s = time.monotonic()
+
+    def extend_head(self, span: Span, tokens_T: Tensor) -> bool:
+        """Whether the span goes on with the prompt where it is known to."""
+        if self.head_T is None or span.start != len(self.head_T) or span.start >= self.prompt_tokens:
+            return False
+        self.head_T = torch.cat([self.head_T, tokens_T])
+        return True
 
     def add(self, span: Span, version: int, rows: dict[str, Tensor]) -> None:
         self.pieces.append((span, version, rows))
@@ -36,8 +51,15 @@ class _Open:
 class Assembler:
     """Holds open requests; hands out samples as requests finish."""
 
-    def __init__(self, ledger: TokenLedger, max_sample_tokens: int, abandoned_after_s: float = 600.0) -> None:
+    def __init__(
+        self,
+        ledger: TokenLedger,
+        max_sample_tokens: int,
+        prefixes: PrefixStore | None = None,
+        abandoned_after_s: float = 600.0,
+    ) -> None:
         self._ledger, self._max_tokens, self._abandoned_after_s = ledger, max_sample_tokens, abandoned_after_s
+        self._prefixes = prefixes or PrefixStore("", 0)
         self._open: dict[tuple[str, str], _Open] = {}
         self._ended: OrderedDict[tuple[str, str], None] = OrderedDict()
 
@@ -65,7 +87,11 @@ class Assembler:
                 self._ledger.drop("past_finish", span.length)
                 continue
             rows = {name: tensor[span.row : span.row + span.length] for name, tensor in tensors.items()}
-            self._open.setdefault(key, _Open(span)).add(span, message.draft_version, rows)
+            request = self._open.setdefault(key, _Open(span))
+            request.add(span, message.draft_version, rows)
+            if request.extend_head(span, rows["tokens_N"]):
+                # Others may find it cached from now on, and end before this request does.
+                self._prefixes.put(request.head_T, span.start, rows["aux_N3H"], rows["last_NH"])
 
     def _finish(self, message: Finished) -> list[Sample]:
         key = (message.stream, message.rid)
@@ -106,7 +132,7 @@ class Assembler:
         for span, _, _ in pieces:
             if (last := span.start - start + span.length - 1) < kept:
                 rejected_T[last] = span.rejected
-        return Sample(
+        sample = Sample(
             rid=rid,
             start=start,
             tokens_T=joined["tokens_N"],
@@ -118,7 +144,36 @@ class Assembler:
             draft_version=versions.pop() if len(versions) == 1 else None,
             proposals=[(s.start, s.proposed) for s, _, _ in pieces if s.proposed >= 0 and s.start < start + kept],
         )
+        return self._complete(sample, _tokens_of(request.pieces[0][0].prefix))
+
+    def _complete(self, sample: Sample, prefix_T: Tensor) -> Sample:
+        """The sample with the states of its prefix, as far as they are known and fit; its own are kept for others."""
+        prefix_T = prefix_T[: sample.start]
+        if sample.start != len(prefix_T):
+            return sample
+        whole_T = torch.cat([prefix_T, sample.tokens_T])
+        found = self._prefixes.restore(prefix_T) if len(prefix_T) else None
+        self._prefixes.put(whole_T, sample.start, sample.aux_T3H, sample.last_TH)
+        room = self._max_tokens - len(sample)
+        if found is None or not room:
+            return sample
+        start = max(found.start, sample.start - room)
+        rows, restored = slice(start - found.start, None), sample.start - start
+        return replace(
+            sample,
+            start=start,
+            tokens_T=whole_T[start:],
+            aux_T3H=torch.cat([found.aux_T3H[rows], sample.aux_T3H]),
+            last_TH=torch.cat([found.last_TH[rows], sample.last_TH]),
+            generated_T=F.pad(sample.generated_T, (restored, 0)),
+            rejected_T=F.pad(sample.rejected_T, (restored, 0), value=-1),
+            restored=restored,
+        )
 
     def _leave_out(self, reason: str, piece_T: Tensor, kept: int) -> int:
         self._ledger.drop(reason, int((piece_T[kept:] >= 0).sum()))
         return min(kept, len(piece_T))
+
+
+def _tokens_of(prefix: bytes) -> Tensor:
+    return torch.from_numpy(np.frombuffer(prefix, np.int32).astype(np.int64))

@@ -82,7 +82,14 @@ def train_offline(settings: OfflineSettings) -> None:
 def _starting_draft(settings: OfflineSettings, target: Path, samples: StoredSamples) -> Path:
     """The given draft, or a random one whose vocabulary is the data's most frequent tokens; kept for a restart."""
     versions = VersionFolder(settings.run_dir.absolute()).root
-    draft = versions / ("given" if settings.draft else "initial")
+    draft, other = versions / "initial", versions / "given"
+    if settings.draft:
+        draft, other = other, draft
+    if (other / "config.json").exists():
+        raise SettingsError(
+            f"run folder {settings.run_dir} began from {'a random' if settings.draft else 'a given'} draft; "
+            f"go on {'without' if settings.draft else 'with'} --draft, or give another --run-dir"
+        )
     if dist.get_rank() == 0 and not (draft / "config.json").exists():
         if settings.draft:
             import_draft(resolve_target(str(settings.draft)), target, draft)

@@ -16,6 +16,7 @@ from trainer.evaluate import Simulated
 from trainer.inbox import Inbox
 from trainer.learner import Learner, Trained
 from trainer.parity import ParityCheck
+from trainer.prefix_store import PrefixStore
 from trainer.replay import ReplayBuffer
 from trainer.resume import OnlinePosition, Position
 from trainer.sample import Sample
@@ -59,7 +60,8 @@ class OnlineSource:
             settings.replay_policy,
             settings.slice_weights,
         )
-        self._assembler = Assembler(self._ledger, settings.max_sample_tokens)
+        self._prefixes = PrefixStore(self._run.target_fingerprint, settings.prefix_store_mb << 20)
+        self._assembler = Assembler(self._ledger, settings.max_sample_tokens, self._prefixes)
         self._inbox = Inbox(self._run.spans_endpoint, self._assembler, self._ledger)
         self._outbox = zmq.Context.instance().socket(zmq.PUSH)
         self._outbox.connect(self._run.control_endpoint)
@@ -120,6 +122,7 @@ class OnlineSource:
                 held_out_acceptance_length=self._held_out_acceptance_length,
                 ledger=self._ledger,
                 parity=self._parity.parity,
+                prefixes=self._prefixes.counts,
                 staleness=self._replay.staleness,
                 malformed_messages=self._inbox.malformed,
                 resumed_from_step=self._resumed_from_step,

@@ -59,7 +59,7 @@ class ReplayBuffer:
 
     @property
     def fresh_tokens(self) -> int:
-        return sum(len(kept.sample) for kept in self._fresh.values())
+        return sum(kept.sample.captured for kept in self._fresh.values())
 
     def can_fill(self, batch_tokens: int) -> bool:
         """There are samples for a whole batch, and passes over them left."""
@@ -73,7 +73,7 @@ class ReplayBuffer:
             return True
         self._credit_tokens += self._epochs * len(sample)
         if key in self._fresh or key in self._trained:
-            self._ledger.drop("duplicate", len(sample))
+            self._ledger.drop("duplicate", sample.captured)
         else:
             self._fresh[key] = _Kept(sample, time.monotonic())
             self._tokens += len(sample)
@@ -97,7 +97,7 @@ class ReplayBuffer:
             if self._fresh:
                 key, _ = self._fresh.popitem(last=False)
                 self._trained[key] = kept
-                self._ledger.trained += len(kept.sample)
+                self._ledger.trained += kept.sample.captured
             else:
                 pool.pop()
         self._look_at_age(batch)
@@ -112,12 +112,12 @@ class ReplayBuffer:
         self._held_out[key] = sample
         if len(self._held_out) > _HELD_OUT_SAMPLES:
             self._held_out.popitem(last=False)
-        self._ledger.held_out += len(sample)
+        self._ledger.held_out += sample.captured
 
     def _forget(self) -> None:
         if not self._trained:
             _, gone = self._fresh.popitem(last=False)
-            self._ledger.drop("replay_full", len(gone.sample))
+            self._ledger.drop("replay_full", gone.sample.captured)
         elif self._policy == "newest":
             _, gone = self._trained.popitem(last=False)
         else:

@@ -23,7 +23,13 @@ class Sample:
     rejected_T: Tensor  # int64: the token that the live draft proposed there and the target refused, or -1
     slice: str = ""  # the request's label, or the data's
     draft_version: int | None = None  # the one version that was active for all of it, or None
+    restored: int = 0  # of the first rows, those that were captured with another sample
     proposals: list[tuple[int, int]] = field(default_factory=list)  # input token's position, token proposed after it
+
+    @property
+    def captured(self) -> int:
+        """Tokens that came with this sample."""
+        return len(self) - self.restored
 
     def __len__(self) -> int:
         return self.tokens_T.numel()

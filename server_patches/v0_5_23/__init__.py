@@ -27,6 +27,11 @@ TARGETS = (
     Target(f"{_HTTP}.launch_server", ("server_args",)),
     Target("sglang.srt.configs.model_config._get_and_verify_dtype", ("config", "dtype")),
     Target("sglang.srt.layers.logits_processor.LogitsProcessor._get_last_hidden_states_to_store", ("self",)),
+    Target(
+        "sglang.srt.managers.schedule_batch.Req.__init__",
+        ("self", "rid", "origin_input_ids", "sampling_params", "lora_id"),
+    ),
+    Target("sglang.srt.sampling.sampling_params.SamplingParams", ("custom_params",)),
     Fields("sglang.srt.layers.logits_processor.LogitsProcessorOutput", ("hidden_states", "last_hidden_states")),
     Fields(
         "sglang.srt.managers.utils.GenerationBatchResult",

@@ -105,7 +105,7 @@ def _capture_verify(batch: Any, result: Any) -> None:
     all_drafted_BN = batch.spec_info.draft_token.view(len(batch.reqs), -1)
     path_BR = result.accept_index.long().clamp(min=0)[picked_B]
     drafted_BN = all_drafted_BN[picked_B]
-    B, R = path_BR.shape
+    R = path_BR.shape[1]
     # SGLang has moved a tree's accepted path to the front of the aux states, but not of the last hidden states.
     aux_BR3H = result.logits_output.hidden_states.view(*all_drafted_BN.shape, -1)[picked_B, :R]
     last_NH = result.logits_output.last_hidden_states[path_BR.view(-1)]
@@ -170,8 +170,10 @@ def _capture(
 
 
 def _is_captured(req: Any) -> bool:
-    """No health check, not finished before the pass, and its user has not asked to be left out."""
-    return not (req.finished() or req.rid.startswith(HEALTH_CHECK_RID_PREFIX) or _asked(req).get(OPT_KEY) is False)
+    """No health check, not finished before the pass, of the target itself, and its user wants it."""
+    adapted = req.lora_id is not None  # what an adapter computes is not the target's
+    left_out = req.rid.startswith(HEALTH_CHECK_RID_PREFIX) or _asked(req).get(OPT_KEY) is False
+    return not (req.finished() or adapted or left_out)
 
 
 def _describe(req: Any, start: int = 0, length: int = 0) -> CapturedRequest:
@@ -181,6 +183,7 @@ def _describe(req: Any, start: int = 0, length: int = 0) -> CapturedRequest:
         cached_tokens=req.cached_tokens,
         start=start,
         length=length,
+        prefix=req.origin_input_ids[:start] if length and start == req.cached_tokens else (),
         slice=str(_asked(req).get(SLICE_KEY, ""))[:_LONGEST_SLICE],
     )
 

@@ -36,6 +36,17 @@ class Staleness(msgspec.Struct, kw_only=True):
     buffered_samples: int = 0
 
 
+class PrefixCounts(msgspec.Struct, kw_only=True):
+    """What the trainer's prefix store did for samples that begin after a prefix the server had cached."""
+
+    prefixes: int = 0  # such samples
+    whole_prefixes: int = 0  # of those, the ones that were completed from position 0
+    restored_tokens: int = 0  # positions that got their states back
+    missing_tokens: int = 0  # positions that did not: the sample is trained on without them
+    stored_bytes: int = 0
+    evicted_blocks: int = 0
+
+
 class Heartbeat(msgspec.Struct, tag="heartbeat", kw_only=True):
     """What the trainer is doing."""
 
@@ -47,6 +58,7 @@ class Heartbeat(msgspec.Struct, tag="heartbeat", kw_only=True):
     held_out_acceptance_length: float | None = None  # predicted from held-out samples, greedy chain
     ledger: TokenLedger = msgspec.field(default_factory=TokenLedger)
     parity: Parity = msgspec.field(default_factory=Parity)
+    prefixes: PrefixCounts = msgspec.field(default_factory=PrefixCounts)
     staleness: Staleness = msgspec.field(default_factory=Staleness)
     malformed_messages: int = 0
     resumed_from_step: int = 0

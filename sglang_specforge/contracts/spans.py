@@ -25,6 +25,7 @@ class Span(msgspec.Struct, array_like=True, frozen=True):
     cached_tokens: int  # positions below came from the prefix cache when the request was first prefilled
     proposed: int = -1  # token that the draft proposed for position start + 1; -1 for prefill
     rejected: int = -1  # token that the draft proposed for the position after the span, and the target did not take
+    prefix: bytes = b""  # with a request's first span: the int32 tokens below ``start``, which the server had cached
     slice: str = ""  # the request's label: what sampling weights and evaluation tell apart
 
 
@@ -101,6 +102,8 @@ def decode(frames: list[memoryview]) -> tuple[Message, dict[str, Tensor]]:
         raise WireError(f"tensor frames do not fit the header: {error}") from error
     rows = min((tensor.shape[0] for tensor in tensors.values()), default=0)
     for span in message.spans if isinstance(message, Captured) else []:
+        if len(span.prefix) not in (0, 4 * span.start):
+            raise WireError(f"{len(span.prefix)} bytes of tokens for a prefix of {span.start}")
         if span.length < 1 or not 0 <= span.row <= rows - span.length:
             raise WireError(f"span of rows {span.row}+{span.length} in tensors of {rows} rows")
     return message, tensors

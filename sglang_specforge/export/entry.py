@@ -7,6 +7,7 @@ rows are, for each request, the R nodes of the longest accepted path, of which `
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +24,7 @@ class CapturedRequest:
     cached_tokens: int
     start: int = 0  # prefill: first position of the pass
     length: int = 0  # prefill: tokens of the pass
+    prefix: Sequence[int] = ()  # of the request's first pass: tokens that were cached, and are not computed
     slice: str = ""  # its label
 
 
@@ -56,7 +58,10 @@ class Entry:
         spans, row = [], 0
         for r in self.requests:
             if r.length:
-                spans.append(Span(r.rid, r.start, r.length, row, r.prompt_tokens, r.cached_tokens, slice=r.slice))
+                prefix = np.asarray(r.prefix, np.int32).tobytes()
+                spans.append(
+                    Span(r.rid, r.start, r.length, row, r.prompt_tokens, r.cached_tokens, prefix=prefix, slice=r.slice)
+                )
             row += r.length
         return spans
 
@@ -64,7 +69,7 @@ class Entry:
         R = self.verify.rows_per_request
         facts = zip(*self.verify.facts_4B.tolist(), strict=True)
         return [
-            Span(r.rid, start, length, b * R, r.prompt_tokens, r.cached_tokens, proposed, rejected, r.slice)
+            Span(r.rid, start, length, b * R, r.prompt_tokens, r.cached_tokens, proposed, rejected, slice=r.slice)
             for b, (r, (start, length, proposed, rejected)) in enumerate(zip(self.requests, facts, strict=True))
         ]
 

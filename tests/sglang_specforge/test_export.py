@@ -1,6 +1,7 @@
 """Ring, exporter and wire: bytes arrive as they were, and nothing ever waits for the reader."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -81,6 +82,14 @@ def test_what_is_captured_arrives_bit_by_bit(endpoint):
     socket.close()
 
 
+def test_the_tokens_of_a_cached_prefix_go_with_the_first_span():
+    entry, _ = prefill(HostCopier(HostRing(1 << 16, False), torch.device("cpu")))
+    requests = [CapturedRequest("a", 5, 2, start=2, length=3, prefix=[7, 8]), CapturedRequest("b", 2, 0, length=2)]
+    entry = replace(entry, requests=requests)
+    prefixed = spans.Span("a", 2, 3, 0, 5, 2, prefix=bytes([7, 0, 0, 0, 8, 0, 0, 0]))
+    assert entry.spans() == [prefixed, spans.Span("b", 0, 2, 3, 2, 0)]
+
+
 def test_verify_spans_are_the_accepted_paths():
     copier = HostCopier(HostRing(1 << 16, False), torch.device("cpu"))
     requests = [CapturedRequest("a", 4, 0), CapturedRequest("b", 4, 0), CapturedRequest("c", 4, 2, slice="code")]
@@ -89,7 +98,7 @@ def test_verify_spans_are_the_accepted_paths():
     assert entry.spans() == [
         spans.Span("a", 10, 2, 0, 4, 0, 7, 5),
         spans.Span("b", 20, 3, 3, 4, 0, 8, -1),
-        spans.Span("c", 30, 1, 6, 4, 2, 9, 6, "code"),
+        spans.Span("c", 30, 1, 6, 4, 2, 9, 6, slice="code"),
     ]
 
 
@@ -124,7 +133,7 @@ def test_the_ring_wraps_and_never_hands_out_memory_twice():
     assert ring.reserve(2000) is None
 
 
-@pytest.mark.parametrize("damage", ["header", "frame", "rows", "protocol", "missing"])
+@pytest.mark.parametrize("damage", ["header", "frame", "rows", "prefix", "protocol", "missing"])
 def test_a_damaged_message_is_refused(damage):
     copier = HostCopier(HostRing(1 << 16, False), torch.device("cpu"))
     entry, _ = prefill(copier)
@@ -137,6 +146,9 @@ def test_a_damaged_message_is_refused(damage):
         frames[0] = frames[0][:-2]
     elif damage == "rows":
         header = spans.encode_header(entry.message("s", 0, [spans.Span("a", 0, 6, 0, 5, 0)])[0])
+    elif damage == "prefix":
+        span = spans.Span("a", 3, 2, 0, 5, 3, prefix=bytes(8))
+        header = spans.encode_header(entry.message("s", 0, [span])[0])
     elif damage == "protocol":
         header = header.replace(bytes([spans.PROTOCOL]), b"\x63")
     else:

@@ -9,9 +9,9 @@ import torch
 from sglang_specforge.training_settings import Speculation
 from tests.tiny import HIDDEN, VOCAB, make_run, make_sample, make_target
 from trainer.draft_tree import accepted_by_tree
-from trainer.evaluate import _walk, simulate
+from trainer.evaluate import _chance, _walk, simulate
 from trainer.learner import load_draft
-from trainer.loss import FrozenTarget, run_draft
+from trainer.loss import FrozenTarget, Taught, run_draft
 from trainer.sample import pack
 
 STEPS = 3
@@ -46,6 +46,19 @@ def test_the_expected_number_of_verifications_is_what_playing_gives_on_average()
     assert sum(v for v, _ in games) / len(games) == pytest.approx(expected, rel=0.01)
     for k in range(STEPS):
         assert sum(a[k] for _, a in games) / len(games) == pytest.approx(accepted[k], rel=0.03)
+
+
+def test_the_chance_of_a_sampled_draft_is_that_of_speculative_sampling_played_out():
+    g, games = torch.Generator().manual_seed(0), 200_000
+    target_D, logits_D = torch.randn(12, generator=g).softmax(-1) * 0.9, torch.randn(12, generator=g)
+    nothing = torch.zeros(1, dtype=torch.int64)
+    taught = Taught(
+        nothing, target_D[None] / 0.9, torch.tensor([0.9]), nothing, nothing.bool(), nothing, nothing.bool(), nothing
+    )
+    draft_D = logits_D.softmax(-1)
+    drafted = torch.multinomial(draft_D, games, replacement=True, generator=g)
+    accepted = torch.rand(games, generator=g) < target_D[drafted] / draft_D[drafted]
+    assert float(_chance(logits_D[None], taught, "sampled")) == pytest.approx(float(accepted.float().mean()), abs=0.005)
 
 
 @pytest.fixture

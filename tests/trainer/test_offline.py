@@ -213,6 +213,14 @@ def test_bad_settings_and_no_data_are_named(tmp_path, capsys, given, named):
     assert named in capsys.readouterr().err
 
 
+def test_a_run_that_began_from_another_draft_is_not_gone_on_with(tmp_path, data, capsys):
+    main(flags(tmp_path / "run", data, max_steps=2))
+    with pytest.raises(SystemExit) as end:
+        main(flags(tmp_path / "run", data, max_steps=4, draft=tmp_path / "run" / "versions" / "initial"))
+    assert end.value.code == 2
+    assert "began from a random draft; go on without --draft" in capsys.readouterr().err
+
+
 def test_data_that_is_all_held_out_is_refused():
     with pytest.raises(DatasetError, match="all 3 samples are held out"):
         Split([], [None] * 3).check()

@@ -114,3 +114,15 @@ def test_older_samples_are_drawn_by_the_weights_of_their_slices():
     drawn = Counter(sample.slice for _ in range(2000) for sample in buffer.draw(10))
     assert drawn["code"] + drawn["chat"] == 2000
     assert drawn["code"] / drawn["chat"] == pytest.approx(4, rel=0.15)
+
+
+def test_restored_context_fills_the_buffer_but_is_counted_with_the_sample_it_came_with():
+    buffer, ledger = make(capacity=50)
+    for seed in range(3):
+        buffer.add(make_sample(20, seed=seed, restored=15))
+    assert ledger.dropped == {"replay_full": 5}
+    assert buffer.fresh_tokens == 10
+    buffer.add(make_sample(20, seed=2, restored=15))
+    assert ledger.dropped == {"replay_full": 5, "duplicate": 5}
+    buffer.draw(40)
+    assert ledger.trained == 10

@@ -1,0 +1,167 @@
+"""Prefixes that a server cached: what comes back, bit by bit, and what is forgotten first."""
+
+import random
+
+import pytest
+import torch
+
+from sglang_specforge.contracts.control import TokenLedger
+from sglang_specforge.contracts.spans import Captured, Finished, Span
+from trainer.assemble import Assembler
+from trainer.prefix_store import PrefixStore
+
+H = 2
+
+
+def states_of(tokens_T):
+    """What a target computes: every position's states depend on all tokens up to it."""
+    seen_T = (tokens_T * torch.arange(1, len(tokens_T) + 1)).cumsum(0).float()
+    return seen_T[:, None].repeat(1, 3 * H), seen_T[:, None].repeat(1, H) + 0.5
+
+
+def tokens(length, seed, begins=()):
+    g = torch.Generator().manual_seed(seed)
+    after = torch.randint(0, 1000, (length - len(begins),), generator=g)
+    return torch.cat([torch.tensor(begins, dtype=torch.int64), after])
+
+
+def put(store, tokens_T, first=0):
+    aux_T3H, last_TH = states_of(tokens_T)
+    store.put(tokens_T, first, aux_T3H[first:], last_TH[first:])
+
+
+def assert_restored(store, prefix_T, start):
+    found = store.restore(prefix_T)
+    if start == len(prefix_T):
+        assert found is None
+        return
+    aux_T3H, last_TH = states_of(prefix_T)
+    assert found.start == start
+    assert torch.equal(found.aux_T3H, aux_T3H[start:])
+    assert torch.equal(found.last_TH, last_TH[start:])
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 128, 200])
+def test_any_length_of_what_was_put_comes_back(length):
+    store = PrefixStore("target", 1 << 20)
+    put(store, tokens(200, 0))
+    assert_restored(store, tokens(200, 0)[:length], 0)
+    assert store.counts.restored_tokens == length
+    assert store.counts.whole_prefixes == store.counts.prefixes == 1
+
+
+def test_a_sequence_that_began_in_the_middle_of_a_block_is_joined_to_what_came_before():
+    store, system = PrefixStore("target", 1 << 20), tokens(100, 0)
+    put(store, tokens(150, 1, system))
+    longer = tokens(300, 2, system)
+    put(store, longer, first=100)  # the server had the first 100 cached
+    assert_restored(store, longer[:290], 0)
+
+
+def test_without_its_beginning_a_block_is_not_made_up_and_what_lies_after_a_hole_still_serves():
+    store, sequence = PrefixStore("target", 1 << 20), tokens(300, 0)
+    put(store, sequence, first=100)
+    assert_restored(store, sequence, 128)
+    assert (store.counts.missing_tokens, store.counts.whole_prefixes) == (128, 0)
+
+
+def test_another_sequence_or_another_target_gets_nothing():
+    store = PrefixStore("target", 1 << 20)
+    put(store, tokens(100, 0))
+    assert_restored(store, tokens(80, 1, tokens(64, 0)[:63]), 80)
+    assert_restored(store, tokens(100, 3), 100)
+
+
+def test_a_short_end_gives_way_to_a_longer_block():
+    store, sequence = PrefixStore("target", 1 << 20), tokens(64, 0)
+    put(store, sequence[:30])
+    first = store.counts.stored_bytes
+    put(store, sequence[:50], first=30)
+    assert store.counts.stored_bytes == first * 50 / 30
+    assert_restored(store, sequence[:20], 0)
+
+
+def test_memory_is_bounded_and_the_ends_of_what_was_used_least_recently_go_first():
+    store = PrefixStore("target", 0)
+    put(store, tokens(640, 0))
+    assert store.counts.stored_bytes == 0
+    store = PrefixStore("target", 640 * (4 * H * 4 + 4))  # ten blocks
+    put(store, tokens(320, 0))
+    put(store, tokens(320, 1))
+    assert_restored(store, tokens(320, 0), 0)
+    put(store, tokens(128, 2))
+    assert store.counts.evicted_blocks == 2
+    assert_restored(store, tokens(320, 0), 0)
+    assert_restored(store, tokens(320, 1)[:192], 0)  # its last two blocks are gone
+    assert_restored(store, tokens(320, 1), 320)
+
+
+def test_any_traffic_with_any_cache_is_restored_bit_by_bit_or_left_out():
+    rng, store = random.Random(0), PrefixStore("target", 40_000)
+    known = [tokens(300, 0)]
+    put(store, known[0])
+    for seed in range(1, 400):
+        parent = rng.choice(known[-60:])
+        cached = rng.randrange(1, len(parent) + 1)
+        sequence = tokens(cached + rng.randrange(1, 100), seed, parent[:cached])
+        found = store.restore(sequence[:cached])
+        if found is not None:
+            assert torch.equal(found.aux_T3H, states_of(sequence[:cached])[0][found.start :])
+        put(store, sequence, first=cached)
+        known.append(sequence)
+    counts = store.counts
+    assert 0 < counts.stored_bytes <= 40_000
+    assert counts.evicted_blocks > 0
+    assert 50 < counts.whole_prefixes < counts.prefixes == 399
+
+
+def serve(assembler, rid, sequence, cached, prompt, total=None):
+    """One request: its first pass, one verification for the rest, its end."""
+    aux_T3H, last_TH = states_of(sequence)
+    prefix = sequence[:cached].to(torch.int32).numpy().tobytes()
+
+    def send(start, end, **more):
+        rows = {"aux_N3H": aux_T3H[start:end], "last_NH": last_TH[start:end], "tokens_N": sequence[start:end]}
+        span = Span(rid, start, end - start, 0, prompt, cached, **more)
+        assert assembler.add(Captured("s", 0, 0, [span], []), rows) == []
+
+    send(cached, prompt, prefix=prefix)
+    yield
+    send(prompt, len(sequence), proposed=1)
+    yield
+    yield assembler.add(Finished("s", 0, rid, total or len(sequence) + 1, False), {})
+
+
+def test_a_sample_is_completed_by_a_request_that_has_not_ended_yet():
+    ledger = TokenLedger()
+    assembler = Assembler(ledger, 1000, PrefixStore("target", 1 << 20))
+    system = tokens(100, 0)
+    first, second = tokens(150, 1, system), tokens(200, 2, system)
+    open_request, other = serve(assembler, "a", first, 0, 130), serve(assembler, "b", second, 100, 150)
+    next(open_request)
+    *_, [sample] = other
+    aux_T3H, last_TH = states_of(second)
+    assert (sample.start, sample.restored, sample.captured) == (0, 100, 100)
+    assert torch.equal(sample.tokens_T, second)
+    assert torch.equal(sample.aux_T3H, aux_T3H)
+    assert torch.equal(sample.last_TH, last_TH)
+    assert sample.generated_T.nonzero().flatten().tolist() == list(range(149, 200))
+    assert sample.rejected_T.tolist() == [-1] * 200
+    assert ledger.dropped == {}
+
+
+def test_context_that_does_not_fit_is_left_out_before_what_was_captured():
+    assembler = Assembler(TokenLedger(), 120, PrefixStore("target", 1 << 20))
+    system = tokens(100, 0)
+    [*_] = serve(assembler, "a", tokens(110, 1, system), 0, 105)
+    second = tokens(180, 2, system)
+    *_, [sample] = serve(assembler, "b", second, 100, 150)
+    assert (sample.start, len(sample), sample.captured) == (60, 120, 80)
+    assert torch.equal(sample.last_TH, states_of(second)[1][60:])
+
+
+def test_what_is_not_known_is_counted_and_the_sample_is_trained_on_from_where_it_is():
+    prefixes = PrefixStore("target", 1 << 20)
+    *_, [sample] = serve(Assembler(TokenLedger(), 500, prefixes), "a", tokens(150, 1), 100, 130)
+    assert (sample.start, sample.restored, len(sample)) == (100, 0, 50)
+    assert (prefixes.counts.prefixes, prefixes.counts.missing_tokens) == (1, 100)
