@@ -40,15 +40,12 @@ def accepted_by_tree(begun: Begun, target: FrozenTarget, pack: Pack, speculation
     prob_NB, id_NB = _best(draft, hidden_NH, B)
     taken = [_Taken(prob_NB, id_NB, _find(id_NB == best_KN[0][:, None]))]
     beams = _Beams(prob_NB, id_NB, taken[0].on_path_N, [state_NF] * B, [begun.past] * B)
+    after: list[_After] = []
     for k in range(1, steps):
-        after = []
-        for b in range(B):
-            embed_NH = target.embed(draft.target_ids_D[beams.id_NB[:, b]], begun.read_NF.dtype)
-            past = Past(beams.pasts[b].bounds, [*beams.pasts[b].keys], [*beams.pasts[b].values])
-            hidden_NH, state_NF = draft.advance(draft.read(embed_NH), beams.states[b], begun.positions_N + k, past)
-            after.append((*_best(draft, hidden_NH, B), state_NF, past))
+        if after:
+            beams = _next_beams(taken[-1], after)
+        after = [_advance(draft, target, beams, b, begun.positions_N + k) for b in range(B)]
         taken.append(_take(beams, after, best_KN[k]))
-        beams = _next_beams(taken[-1], after)
     return _verified(taken, speculation.drafts)
 
 
@@ -61,6 +58,15 @@ class _Beams(NamedTuple):
 
 
 _After = tuple[Tensor, Tensor, Tensor, Past]  # probabilities and ids of the best tokens, state, past
+
+
+def _advance(draft: Draft, target: FrozenTarget, beams: _Beams, b: int, positions_N: Tensor) -> _After:
+    """One step of beam ``b``, whose past the others may share."""
+    state_NF, shared = beams.states[b], beams.pasts[b]
+    past = Past(shared.bounds, [*shared.keys], [*shared.values])
+    embed_NH = target.embed(draft.target_ids_D[beams.id_NB[:, b]], state_NF.dtype)
+    hidden_NH, next_NF = draft.advance(draft.read(embed_NH), state_NF, positions_N, past)
+    return *_best(draft, hidden_NH, len(beams.pasts)), next_NF, past
 
 
 def _take(beams: _Beams, after: list[_After], best_N: Tensor) -> _Taken:

@@ -34,8 +34,11 @@ class ParityCheck:
 
     @torch.no_grad()
     def compare(self, sample: Sample) -> None:
-        """Counts the sample's proposals; leaves out samples whose prefix or version is not known entirely."""
-        if sample.start != 0 or sample.draft_version is None or not sample.proposals:
+        """Counts the sample's proposals; leaves out samples whose prefix or version is not known entirely.
+
+        Where the server had a prefix cached, the draft's keys there may be those of an older version.
+        """
+        if sample.start != 0 or sample.restored or sample.draft_version is None or not sample.proposals:
             return
         draft = self._draft(sample.draft_version)
         if draft is None:

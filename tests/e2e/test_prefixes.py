@@ -24,15 +24,12 @@ def test_turns_of_chats_are_trained_on_from_their_beginning(start):
     with ThreadPoolExecutor(4) as pool:
         turns = sum(pool.map(lambda i: chat(client, system, asked[i : i + 4]), range(0, 40, 4)))
     status = settled(client)
-    prefixes, parity = status["trainer"]["prefixes"], status["trainer"]["parity"]
+    prefixes = status["trainer"]["prefixes"]
     assert turns == 40
     assert prefixes["prefixes"] >= 36  # the first ones had nothing to find
     assert prefixes["whole_prefixes"] == prefixes["prefixes"]
     assert prefixes["missing_tokens"] == 0
     assert prefixes["restored_tokens"] > 36 * 300
     assert 0 < prefixes["stored_bytes"] <= 512 << 20
-    # Held-out turns start at position 0 now, so that they can be compared; a wrong state would propose another token.
-    assert parity["compared"] >= 20
-    assert parity["agreed"] == parity["compared"]
     assert_every_token_is_accounted_for(status)
     assert status["tokens"]["dropped"].get("too_long", 0) == 0
