@@ -77,7 +77,9 @@ def test_bf16_from_a_draft_made_by_hand(start, tmp_path):
 @pytest.fixture(scope="module")
 def moe(tmp_path_factory):
     folder = tmp_path_factory.mktemp("moe")
-    subprocess.run([sys.executable, TARGET / "make_moe.py", folder], check=True, timeout=120)
+    # With seed 0, the two best tokens at one place of the reference output differ by a rounding error.
+    made = [sys.executable, TARGET / "make_moe.py", folder, "--seed", "4"]
+    subprocess.run(made, check=True, timeout=120)
     return folder
 
 
