@@ -30,7 +30,9 @@ class _Open:
     def __init__(self, first: Span) -> None:
         self.prompt_tokens, self.slice = first.prompt_tokens, first.slice
         # Tokens from position 0 on, as far as they are known from prefill; None where they are not.
-        self.head_T = _tokens_of(first.prefix) if first.prefix or not first.start else None
+        self.head_T: Tensor | None = None
+        if first.prefix or not first.start:
+            self.head_T = torch.from_numpy(np.frombuffer(first.prefix, np.int32).astype(np.int64))
         self.pieces: list[tuple[Span, int, dict[str, Tensor]]] = []  # span, draft version, its rows
         self.tokens = 0
         self.touched_s = time.monotonic()
@@ -87,7 +89,8 @@ class Assembler:
                 self._ledger.drop("past_finish", span.length)
                 continue
             rows = {name: tensor[span.row : span.row + span.length] for name, tensor in tensors.items()}
-            request = self._open.setdefault(key, _Open(span))
+            if (request := self._open.get(key)) is None:
+                request = self._open[key] = _Open(span)
             request.add(span, message.draft_version, rows)
             if request.extend_head(span, rows["tokens_N"]):
                 # Others may find it cached from now on, and end before this request does.
@@ -144,13 +147,10 @@ class Assembler:
             draft_version=versions.pop() if len(versions) == 1 else None,
             proposals=[(s.start, s.proposed) for s, _, _ in pieces if s.proposed >= 0 and s.start < start + kept],
         )
-        return self._complete(sample, _tokens_of(request.pieces[0][0].prefix))
+        return sample if request.head_T is None else self._complete(sample, request.head_T[:start])
 
     def _complete(self, sample: Sample, prefix_T: Tensor) -> Sample:
         """The sample with the states of its prefix, as far as they are known and fit; its own are kept for others."""
-        prefix_T = prefix_T[: sample.start]
-        if sample.start != len(prefix_T):
-            return sample
         whole_T = torch.cat([prefix_T, sample.tokens_T])
         found = self._prefixes.restore(prefix_T) if len(prefix_T) else None
         self._prefixes.put(whole_T, sample.start, sample.aux_T3H, sample.last_TH)
@@ -173,7 +173,3 @@ class Assembler:
     def _leave_out(self, reason: str, piece_T: Tensor, kept: int) -> int:
         self._ledger.drop(reason, int((piece_T[kept:] >= 0).sum()))
         return min(kept, len(piece_T))
-
-
-def _tokens_of(prefix: bytes) -> Tensor:
-    return torch.from_numpy(np.frombuffer(prefix, np.int32).astype(np.int64))

@@ -122,9 +122,9 @@ class PrefixStore:
                 self._blocks.move_to_end(key)
 
     def _insert(self, block: _Block) -> bytes:
-        alike = self._branches.setdefault(block.branch, set())
-        for key in [key for key in alike if block.tokens.startswith(self._blocks[key].tokens)]:
-            self._remove(key)
+        for key in list(self._branches.get(block.branch, ())):
+            if block.tokens.startswith(self._blocks[key].tokens):
+                self._remove(key)
         key = _key(block.parent, block.tokens)
         self._blocks[key] = block
         self._branches.setdefault(block.branch, set()).add(key)
