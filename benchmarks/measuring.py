@@ -1,4 +1,4 @@
-"""What the benchmarks share: peak memory of a call, and the record of a run."""
+"""What the benchmarks share: peak memory of a call, a server that captures, and the record of a run."""
 
 import ctypes
 import json
@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+from sglang_specforge.server_process import ServerProcess
+
+TINY_TARGET = Path(__file__).parents[1] / "examples" / "tiny_target"
 _M_MMAP_THRESHOLD = -3
 
 
@@ -22,6 +25,16 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     before = _resident("VmRSS")
     call()
     return _resident("VmHWM") - before
+
+
+def start_capturing(target: Path, folder: Path, *arguments: Any) -> ServerProcess:
+    """A real server in float32 without a trainer: whoever binds its spans endpoint gets what it computes."""
+    given = [
+        "--model-path", target, "--dtype", "float32", "--log-level", "warning", "--sleep-on-idle",
+        "--enable-draft-training", "--draft-training-trainer", "none", "--draft-training-run-dir", folder / "run",
+        "--draft-training-draft-vocab-size", 768, *arguments,
+    ]  # fmt: skip
+    return ServerProcess.start(folder / "log", given)
 
 
 def save_record(

@@ -23,20 +23,18 @@ import httpx
 import torch
 import typer
 import zmq
-from measuring import save_record
+from measuring import TINY_TARGET, save_record, start_capturing
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
 from sglang_specforge.contracts.control import TokenLedger
 from sglang_specforge.contracts.spans import decode
-from sglang_specforge.server_process import ServerProcess
 from sglang_specforge.traffic import stream_prompts
 from trainer.assemble import Assembler
 from trainer.prefix_store import PrefixStore
 from trainer.sample import Sample
 
-TARGET = Path(__file__).parents[1] / "examples" / "tiny_target"
 SYSTEM_TOKENS, TURNS, ANSWER_TOKENS, CONCURRENCY = 512, 6, 32, 6
 
 
@@ -99,12 +97,7 @@ def serve(target: Path, folder: Path, chats: int, compared: int) -> tuple[list[I
     tokenizer, prompts = AutoTokenizer.from_pretrained(target), stream_prompts(seed=5)
     system = [i for text in islice(prompts, 200) for i in tokenizer.encode(text)][:SYSTEM_TOKENS]
     questions = [[tokenizer.encode(text)[:48] for text in islice(prompts, TURNS)] for _ in range(chats)]
-    arguments = [
-        "--model-path", target, "--dtype", "float32", "--max-total-tokens", 65536, "--log-level", "warning",
-        "--sleep-on-idle", "--enable-draft-training", "--draft-training-trainer", "none", "--draft-training-run-dir",
-        folder / "run", "--draft-training-draft-vocab-size", 768,
-    ]  # fmt: skip
-    with ServerProcess.start(folder / "log", arguments) as server, zmq.Context() as context:
+    with start_capturing(target, folder, "--max-total-tokens", 65536) as server, zmq.Context() as context:
         socket = context.socket(zmq.PULL)
         status = server.status()
         socket.bind(status["spans_endpoint"])
@@ -150,7 +143,7 @@ def full_context(ingest: Ingest, turns: list[Turn]) -> float:
 
 
 def main(
-    target: Annotated[Path, typer.Option(help="Folder of the target.")] = TARGET,
+    target: Annotated[Path, typer.Option(help="Folder of the target.")] = TINY_TARGET,
     quick: Annotated[bool, typer.Option(help="12 chats instead of 200.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
 ) -> None:

@@ -21,7 +21,7 @@ from typing import Annotated
 import httpx
 import torch
 import typer
-from measuring import save_record
+from measuring import TINY_TARGET, save_record, start_capturing
 from rich.console import Console
 from rich.table import Table
 
@@ -45,17 +45,7 @@ ARMS: dict[str, dict[str, float]] = {
     "penalty 0.1": {"rejection_penalty": 0.1},
     "penalty 1": {"rejection_penalty": 1.0},
 }
-TARGET = Path(__file__).parents[1] / "examples" / "tiny_target"
 ANSWER_TOKENS, BATCH_TOKENS, STEPS = 64, 1024, 3
-
-
-def start_server(target: Path, folder: Path) -> ServerProcess:
-    arguments = [
-        "--model-path", target, "--dtype", "float32", "--max-total-tokens", 16384, "--log-level", "warning",
-        "--sleep-on-idle", "--speculative-num-steps", STEPS, "--enable-draft-training", "--draft-training-trainer",
-        "none", "--draft-training-run-dir", folder / "run", "--draft-training-draft-vocab-size", 768,
-    ]  # fmt: skip
-    return ServerProcess.start(folder / "log", arguments)
 
 
 def listen(server: ServerProcess, inbox: Inbox, prompts: list[str]) -> list[Sample]:
@@ -100,7 +90,7 @@ def train(job: Job, samples: list[Sample], epochs: int, **settings: float | str)
 
 
 def main(
-    target: Annotated[Path, typer.Option(help="Folder of the target.")] = TARGET,
+    target: Annotated[Path, typer.Option(help="Folder of the target.")] = TINY_TARGET,
     quick: Annotated[bool, typer.Option(help="Fewer prompts and one order; ends within a minute and a half.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
 ) -> None:
@@ -108,7 +98,7 @@ def main(
     prompts = list(islice(stream_prompts(seed=7), first + then + judged))
     with tempfile.TemporaryDirectory() as name, process_group(TrainingSettings(trainer_threads=2)):
         folder = Path(name)
-        with start_server(target, folder) as server:
+        with start_capturing(target, folder, "--max-total-tokens", 16384, "--speculative-num-steps", STEPS) as server:
             status, ledger = server.status(), TokenLedger()
             job = Job(
                 settings=TrainingSettings(), target_path=status["target_path"], served_dtype="float32",
