@@ -28,8 +28,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
+from sglang_specforge.client import wait_until_captured
 from sglang_specforge.contracts.control import TokenLedger
-from sglang_specforge.contracts.spans import decode
+from sglang_specforge.contracts.frames import decode
 from sglang_specforge.traffic import stream_prompts
 from trainer.assemble import Assembler
 from trainer.prefix_store import PrefixStore
@@ -101,6 +102,7 @@ def serve(target: Path, folder: Path, chats: int, compared: int) -> tuple[list[I
         socket = context.socket(zmq.PULL)
         status = server.status()
         socket.bind(status["spans_endpoint"])
+        wait_until_captured(server.url)
         ingests = [Ingest(PrefixStore(status["target_fingerprint"], size)) for size in (1 << 30, 0)]
         with ThreadPoolExecutor(CONCURRENCY) as pool:
             work = [pool.submit(chat, server.url, system, q) for q in questions]

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sglang_specforge.checkpoint import save_checkpoint
-from sglang_specforge.client import ask
+from sglang_specforge.client import ask, wait_until_captured
 from sglang_specforge.contracts.control import TokenLedger
 from sglang_specforge.server_process import ServerProcess
 from sglang_specforge.traffic import stream_prompts
@@ -106,6 +106,7 @@ def main(
                 draft_path=str(folder / "run" / "versions" / "initial"),
             )  # fmt: skip
             inbox = Inbox(status["spans_endpoint"], Assembler(ledger, 4096), ledger)
+            wait_until_captured(server.url)
             learner = train(job, listen(server, inbox, prompts[:first]), epochs)
             save_checkpoint(folder / "draft", learner.config, learner.export())
             ask("POST", server.url, "/draft/versions", None, json={"path": str(folder / "draft")}, timeout=180)

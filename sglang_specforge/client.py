@@ -1,5 +1,6 @@
 """What commands share: where the server is, asking it, and ending with an error."""
 
+import time
 from typing import Annotated, Any, NoReturn
 
 import httpx
@@ -8,6 +9,7 @@ from rich.console import Console
 
 Url = Annotated[str, typer.Option(help="Address of the server.")]
 ApiKey = Annotated[str | None, typer.Option(envvar="SGLANG_API_KEY", help="The server's --api-key.")]
+_POLL_S = 0.1
 DEFAULT_URL = "http://127.0.0.1:30000"
 
 errors = Console(stderr=True)
@@ -31,6 +33,27 @@ def ask(method: str, url: str, path: str, api_key: str | None, **kwargs: Any) ->
     if answer.is_error and answer.status_code != 422:
         fail(f"{url}{path} answered {answer.status_code}: {answer.text[:300]}")
     return answer
+
+
+class NotCaptured(RuntimeError):
+    """A server does not capture for the one who reads its stream; the message says why."""
+
+
+def wait_until_captured(url: str, api_key: str | None = None, limit_s: float = 30.0) -> None:
+    """Until the server has seen that its stream is read: requests from then on are captured whole.
+
+    Raises:
+        NotCaptured: not within ``limit_s`` seconds.
+    """
+    end_s = time.monotonic() + limit_s
+    while any(reasons := [e["failure"] or e["closed"] for e in _status(url, api_key)["export"]]):
+        if time.monotonic() > end_s:
+            raise NotCaptured(f"the server at {url} captures nothing: {next(filter(None, reasons))}")
+        time.sleep(_POLL_S)
+
+
+def _status(url: str, api_key: str | None) -> dict[str, Any]:
+    return ask("GET", url, "/draft/status", api_key, timeout=30).json()
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

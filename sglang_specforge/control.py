@@ -70,6 +70,10 @@ class ControlService:
         await self._swap(version)
         return version
 
+    async def switch_capture(self, enabled: bool) -> None:
+        """Have every exporter capture, or pause."""
+        await self._engine.set_state("draft_training_capture", int(enabled))
+
     async def status(self) -> dict[str, Any]:
         """The answer of ``GET /draft/status``. Raises NotAttached."""
         ranks = await self._ranks()

@@ -24,13 +24,13 @@ class ServerFailed(RuntimeError):
 class ServerProcess:
     """``python -m sglang.launch_server`` in a process group of its own, logging to a file."""
 
-    def __init__(self, log: Path, arguments: Sequence[Any], *, device: str = "cpu", tp: int = 1) -> None:
+    def __init__(self, log: Path, arguments: Sequence[Any], *, device: str = "cpu", tp: int = 1, dp: int = 1) -> None:
         port, environment = _free_port(), {}
         if device == "cpu":
             environment = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
-            if tp > 1:
-                environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(tp)))
-        arguments = ["--device", device, "--tp-size", tp, *arguments]
+            if tp * dp > 1:
+                environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(tp * dp)))
+        arguments = ["--device", device, "--tp-size", tp, "--dp-size", dp, *arguments]
         self.url, self.log = f"http://127.0.0.1:{port}", log
         command = [sys.executable, "-m", "sglang.launch_server", "--host", "127.0.0.1", "--port", port, *arguments]
         log.parent.mkdir(parents=True, exist_ok=True)

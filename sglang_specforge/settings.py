@@ -31,6 +31,19 @@ class DraftTrainingSettings(TrainingSettings):
     )
     trainer_processes: int = Field(1, ge=1, description="Processes of the trainer; with CUDA, one on each GPU.")
     ring_mb: int = Field(256, ge=1, description="Host memory for captured states on their way to the trainer, in MiB.")
+    capture_sample: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of the requests to capture, each of them whole.",
+        json_schema_extra={"flag": "draft-capture-sample"},
+    )
+    capture_max_mb_s: float | None = Field(
+        None,
+        gt=0,
+        description="Most MiB a second to capture, on each exporting rank; above it, fewer requests are captured.",
+        json_schema_extra={"flag": "draft-capture-max-mb-s"},
+    )
     max_sample_tokens: int = Field(2048, ge=8, description="Longest sample; the rest of a longer request is dropped.")
     prefix_store_mb: int = Field(
         512, ge=0, description="Memory of the trainer for states of prefixes that the server caches, in MiB; 0: none."

@@ -13,11 +13,18 @@ def add_settings_flags(group: Any, model: type[BaseModel], prefix: str = "") -> 
         default = "required" if field.default is PydanticUndefined else f"default: {field.default}"
         lone = {"nargs": "?", "const": "true"} if field.annotation is bool else {}
         group.add_argument(
-            f"--{(prefix + name).replace('_', '-')}",
+            flag_of(model, name, prefix),
+            dest=prefix + name,
             metavar=name.rpartition("_")[2].upper(),
             help=f"{field.description} ({default})".replace("%", "%%"),
             **lone,
         )
+
+
+def flag_of(model: type[BaseModel], name: str, prefix: str = "") -> str:
+    """The flag of a field: its own (``json_schema_extra``), or by its name."""
+    extra = getattr(model.model_fields.get(name), "json_schema_extra", None) or {}
+    return "--" + extra.get("flag", (prefix + name).replace("_", "-"))
 
 
 def given_settings(args: argparse.Namespace, model: type[BaseModel], prefix: str = "") -> dict[str, str]:

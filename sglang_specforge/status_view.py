@@ -1,5 +1,6 @@
 """``GET /draft/status`` as a table for a terminal."""
 
+from collections import Counter
 from typing import Any
 
 from rich.table import Table
@@ -21,6 +22,7 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
         ("draft version", f"{draft['active_version']} active, {draft['swaps']} swaps"),
         ("acceptance length", f"{_number(status['acceptance']['length'])} overall"),
         ("  by version", "  ".join(f"{v}: {n['length']:.2f}" for v, n in list(by_version.items())[-8:]) or "-"),
+        ("requests captured", _requests(status["export"])),
         ("tokens captured", f"{tokens['captured']:,}"),
         ("  trained", f"{tokens['trained']:,}"),
         ("  held out", f"{tokens['held_out']:,}"),
@@ -45,6 +47,22 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append((f"version {version} stays out", why))
     rows += [("exporter stopped", export["failure"]) for export in status["export"] if export["failure"]]
     return rows
+
+
+def _requests(exports: list[dict[str, Any]]) -> str:
+    """Of all exporters: how many requests, and why the others are not among them."""
+    left_out: Counter[str] = Counter()
+    for export in exports:
+        left_out.update(export["requests"]["left_out"])
+    captured, seen = (sum(export["requests"][key] for export in exports) for key in ("captured", "seen"))
+    closed = {export["closed"] for export in exports} - {None}
+    return "; ".join(
+        [
+            f"{captured:,} of {seen:,}",
+            *(f"{count:,} {reason}" for reason, count in left_out.items()),
+            *(f"now: {reason}" for reason in closed),
+        ]
+    )
 
 
 def _age(staleness: dict[str, float]) -> str:

@@ -58,16 +58,15 @@ class Assembler:
         ledger: TokenLedger,
         max_sample_tokens: int,
         prefixes: PrefixStore | None = None,
+        max_open_tokens: int = 1 << 20,
         abandoned_after_s: float = 600.0,
     ) -> None:
         self._ledger, self._max_tokens, self._abandoned_after_s = ledger, max_sample_tokens, abandoned_after_s
+        self._max_open_tokens = max_open_tokens
         self._prefixes = prefixes or PrefixStore("", 0)
         self._open: dict[tuple[str, str], _Open] = {}
         self._ended: OrderedDict[tuple[str, str], None] = OrderedDict()
-
-    @property
-    def open_tokens(self) -> int:
-        return sum(request.tokens for request in self._open.values())
+        self.open_tokens = 0
 
     def add(self, message: Message, tensors: dict[str, Tensor]) -> list[Sample]:
         """Take in a message; returns the samples that it completes."""
@@ -80,7 +79,7 @@ class Assembler:
         """Drop requests not heard of for long: their end was lost."""
         limit_s = time.monotonic() - self._abandoned_after_s
         for key in [key for key, request in self._open.items() if request.touched_s < limit_s]:
-            self._ledger.drop("abandoned", self._open.pop(key).tokens)
+            self._ledger.drop("abandoned", self._close(key).tokens)
 
     def _add_spans(self, message: Captured, tensors: dict[str, Tensor]) -> None:
         for span in message.spans:
@@ -88,35 +87,53 @@ class Assembler:
             if key in self._ended:
                 self._ledger.drop("past_finish", span.length)
                 continue
-            rows = {name: tensor[span.row : span.row + span.length] for name, tensor in tensors.items()}
+            # Copied: a row that stays must not keep the whole pass, of every request, in memory.
+            rows = {name: tensor[span.row : span.row + span.length].clone() for name, tensor in tensors.items()}
             if (request := self._open.get(key)) is None:
                 request = self._open[key] = _Open(span)
             request.add(span, message.draft_version, rows)
+            self.open_tokens += span.length
             if request.extend_head(span, rows["tokens_N"]):
                 # Others may find it cached from now on, and end before this request does.
                 self._prefixes.put(request.head_T, span.start, rows["aux_N3H"], rows["last_NH"])
+        while self.open_tokens > self._max_open_tokens:
+            longest_silent = min(self._open, key=lambda key: self._open[key].touched_s)
+            self._ledger.drop("too_many_open", self._close(longest_silent).tokens)
 
     def _finish(self, message: Finished) -> list[Sample]:
         key = (message.stream, message.rid)
-        request = self._open.pop(key, None)
+        request = self._close(key)
         if request is None:
             return []
-        self._ended[key] = None
-        if len(self._ended) > _REMEMBERED_ENDS:
-            self._ended.popitem(last=False)
+        if message.cut_short:
+            self._ledger.drop("cut_short", request.tokens)
+            return []
         sample = self._assemble(message.rid, request, message.total_tokens)
         return [sample] if sample else []
+
+    def _close(self, key: tuple[str, str]) -> _Open | None:
+        """Take an open request out; what still comes of it is past its end."""
+        request = self._open.pop(key, None)
+        if request is not None:
+            self.open_tokens -= request.tokens
+            self._ended[key] = None
+            if len(self._ended) > _REMEMBERED_ENDS:
+                self._ended.popitem(last=False)
+        return request
 
     def _assemble(self, rid: str, request: _Open, total_tokens: int) -> Sample | None:
         start = min(span.start for span, _, _ in request.pieces)
         end = max(span.start + span.length for span, _, _ in request.pieces)
+        end = min(end, start + request.tokens)  # beyond are only pieces after a hole
         # For each position, the piece and the row in it that hold it; later pieces overwrite earlier ones.
         piece_T = torch.full((end - start,), -1)
         row_T = torch.zeros(end - start, dtype=torch.int64)
         for i, (span, _, _) in enumerate(request.pieces):
-            at = slice(span.start - start, span.start - start + span.length)
+            length = max(0, min(span.length, end - span.start))
+            self._ledger.drop("gap", span.length - length)
+            at = slice(span.start - start, span.start - start + length)
             self._ledger.drop("repeated", int((piece_T[at] >= 0).sum()))
-            piece_T[at], row_T[at] = i, torch.arange(span.length)
+            piece_T[at], row_T[at] = i, torch.arange(length)
 
         kept = self._leave_out("past_finish", piece_T, max(0, total_tokens - start))
         holes = (piece_T[:kept] < 0).nonzero()

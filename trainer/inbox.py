@@ -1,11 +1,13 @@
 """The trainer's end of the stream: messages in, samples out, and an account of what was lost on the way."""
 
 import logging
+from collections.abc import Sequence
 
 import zmq
 
-from sglang_specforge.contracts import spans
 from sglang_specforge.contracts.control import TokenLedger
+from sglang_specforge.contracts.frames import FRAMES, Expected, WireError, decode
+from sglang_specforge.contracts.spans import Message
 from sglang_specforge.sockets import lock_endpoint
 from trainer.assemble import Assembler
 from trainer.sample import Sample
@@ -14,22 +16,35 @@ logger = logging.getLogger(__name__)
 
 # What does not fit stays with the exporter, whose ring is bounded in bytes; here only messages are counted.
 _QUEUED_MESSAGES = 64
+_MOST_STREAMS = 4096  # lives of exporters
 
 
 class Inbox:
     """Binds the endpoint that exporters connect to. ``ledger.streams`` tells what was received of each exporter.
 
+    Args:
+        expected: the target whose states are taken (None: any); anything else is counted as malformed.
+        max_frame_bytes: the longest frame that is read at all; a peer that sends a longer one is disconnected.
+
     Raises:
         EndpointTaken: another process has bound it.
     """
 
-    def __init__(self, endpoint: str, assembler: Assembler, ledger: TokenLedger) -> None:
+    def __init__(
+        self,
+        endpoint: str,
+        assembler: Assembler,
+        ledger: TokenLedger,
+        expected: Expected | None = None,
+        max_frame_bytes: int = 1 << 30,
+    ) -> None:
         self.malformed = 0
-        self._assembler, self._ledger = assembler, ledger
+        self._assembler, self._ledger, self._expected = assembler, ledger, expected
         self._lock = lock_endpoint(endpoint)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.PULL)
         self._socket.setsockopt(zmq.RCVHWM, _QUEUED_MESSAGES)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes)
         self._socket.bind(endpoint)
 
     def receive(self, wait_s: float) -> list[Sample]:
@@ -37,7 +52,7 @@ class Inbox:
         samples = []
         timeout_ms = int(1000 * wait_s)
         while self._socket.poll(timeout_ms):
-            samples += self._take(self._socket.recv_multipart(copy=False))
+            samples += self.take(self._receive_frames())
             timeout_ms = 0
         return samples
 
@@ -46,20 +61,31 @@ class Inbox:
         self._context.term()
         self._lock.close()
 
-    def _take(self, frames: list[zmq.Frame]) -> list[Sample]:
+    def take(self, frames: Sequence[memoryview]) -> list[Sample]:
+        """Samples completed by one message; one that cannot be used is counted and left out."""
         try:
-            message, tensors = spans.decode([frame.buffer for frame in frames])
+            message, tensors = decode(frames, self._expected)
             self._account(message)
-        except spans.WireError as error:
+        except WireError as error:
             self.malformed += 1
-            logger.warning("draft training: a message was left out: %s", error)
+            if self.malformed.bit_count() == 1:  # the first, and then ever fewer: rubbish must not fill the log
+                logger.warning("draft training: %d messages left out, the last one: %s", self.malformed, error)
             return []
         return self._assembler.add(message, tensors)
 
-    def _account(self, message: spans.Message) -> None:
+    def _receive_frames(self) -> list[memoryview]:
+        """The next message's frames; of those that are too many, none but one is kept."""
+        frames = [self._socket.recv(copy=False)]
+        while frames[-1].more:
+            frames[FRAMES:] = [self._socket.recv(copy=False)]
+        return [frame.buffer for frame in frames]
+
+    def _account(self, message: Message) -> None:
         """Tokens that earlier messages of this stream carried and that never came here are lost, and counted so."""
+        if message.stream not in self._ledger.streams and len(self._ledger.streams) >= _MOST_STREAMS:
+            raise WireError(f"stream {message.stream} is one more than the {_MOST_STREAMS} that are kept apart")
         lost = message.sent_before - self._ledger.streams.get(message.stream, 0)
         if lost < 0:
-            raise spans.WireError(f"its tokens of stream {message.stream} have come before")
+            raise WireError(f"its tokens of stream {message.stream} have come before")
         self._ledger.drop("lost_in_transit", lost)
         self._ledger.streams[message.stream] = message.sent_before + message.tokens

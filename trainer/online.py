@@ -8,6 +8,7 @@ import torch.distributed as dist
 import zmq
 
 from sglang_specforge.contracts import control
+from sglang_specforge.contracts.frames import Expected
 from sglang_specforge.settings import SERVER_PID_VARIABLE, Run
 from sglang_specforge.sockets import is_alive
 from sglang_specforge.versions import VersionFolder
@@ -61,8 +62,14 @@ class OnlineSource:
             settings.slice_weights,
         )
         self._prefixes = PrefixStore(self._run.target_fingerprint, settings.prefix_store_mb << 20)
-        self._assembler = Assembler(self._ledger, settings.max_sample_tokens, self._prefixes)
-        self._inbox = Inbox(self._run.spans_endpoint, self._assembler, self._ledger)
+        self._assembler = Assembler(
+            self._ledger, settings.max_sample_tokens, self._prefixes, max_open_tokens=settings.replay_tokens
+        )
+        vocab_size, hidden_size = learner.target.embed_VH.shape
+        expected = Expected(hidden_size, vocab_size, self._run.served_dtype)
+        self._inbox = Inbox(
+            self._run.spans_endpoint, self._assembler, self._ledger, expected, max_frame_bytes=settings.ring_mb << 20
+        )
         self._outbox = zmq.Context.instance().socket(zmq.PUSH)
         self._outbox.connect(self._run.control_endpoint)
 

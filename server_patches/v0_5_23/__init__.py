@@ -33,6 +33,7 @@ TARGETS = (
     ),
     Target("sglang.srt.sampling.sampling_params.SamplingParams", ("custom_params",)),
     Fields("sglang.srt.layers.logits_processor.LogitsProcessorOutput", ("hidden_states", "last_hidden_states")),
+    Fields("sglang.srt.speculative.eagle_info.EagleVerifyInput", ("draft_token", "topk")),
     Fields(
         "sglang.srt.managers.utils.GenerationBatchResult",
         ("logits_output", "next_token_ids", "accept_lens", "accept_index"),

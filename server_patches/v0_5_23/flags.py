@@ -13,7 +13,7 @@ from server_patches.targets import IncompatibleSGLang
 from sglang_specforge.checkpoint import FINGERPRINT_KEY, CheckpointError, load_config
 from sglang_specforge.new_draft import import_draft, init_draft
 from sglang_specforge.settings import DraftTrainingSettings, Run, SettingsError, load_settings
-from sglang_specforge.settings_flags import add_settings_flags, given_settings
+from sglang_specforge.settings_flags import add_settings_flags, flag_of, given_settings
 from sglang_specforge.sockets import make_socket_folder
 from sglang_specforge.target import TargetError, fingerprint_target, load_target_config, resolve_target
 from sglang_specforge.training_settings import Dtype, Speculation
@@ -43,7 +43,7 @@ def consume_flags(cls: type, args: argparse.Namespace) -> None:
         if getattr(args, "enable_draft_training", False):
             _start_run(args, load_settings(DraftTrainingSettings, given, file))
         elif given or file:
-            flags = ", ".join(f"--{(_PREFIX + n).replace('_', '-')}" for n in ([*given] or ["config"]))
+            flags = ", ".join(flag_of(DraftTrainingSettings, name, _PREFIX) for name in ([*given] or ["config"]))
             raise SettingsError(f"{flags} given without --enable-draft-training; add it, or leave them out")
     except (SettingsError, TargetError, CheckpointError, IncompatibleSGLang) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, HTTPException
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StrictBool
 from sglang.srt.entrypoints import http_server
 from sglang.srt.managers.io_struct import SetInternalStateReq
 
@@ -51,6 +51,12 @@ def make_router(service: ControlService) -> APIRouter:
         except (CheckpointError, SwapRefused) as error:
             raise HTTPException(422, str(error)) from error
 
+    @router.post("/capture")
+    async def switch_capture(capture: Capture) -> dict[str, bool]:
+        """Pause or resume capturing on every exporter; serving and the draft stay as they are."""
+        await service.switch_capture(capture.enabled)
+        return {"enabled": capture.enabled}
+
     return router
 
 
@@ -59,6 +65,13 @@ class NewVersion(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     path: Path = Field(description="Folder of the checkpoint, as the server sees it.")
+
+
+class Capture(BaseModel):
+    """Body of ``POST /draft/capture``."""
+
+    model_config = ConfigDict(extra="forbid")
+    enabled: StrictBool
 
 
 class _SGLangEngine:

@@ -1,11 +1,11 @@
 """Inside a scheduler process: reading target states after each pass, and swapping the draft between two steps.
 
-Shapes: B requests, N rows, R rows a request (longest path through a draft tree), H hidden.
+Shapes: B requests, N rows, D drafted tokens a request, R rows a request (longest path through a draft tree), H hidden,
+F = 2 + D.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import compress
 from typing import Any
 
 import torch
@@ -17,8 +17,10 @@ from sglang.srt.runtime_context import get_parallel
 
 from server_patches.v0_5_23.draft_weights import LiveDraft
 from sglang_specforge.draft_bank import DraftBank
-from sglang_specforge.export.entry import CapturedRequest, HostCopier, VerifyMeta
+from sglang_specforge.export.admission import Admission, Admitted
+from sglang_specforge.export.entry import HostCopier, Prefilled, Verified
 from sglang_specforge.export.exporter import Exporter
+from sglang_specforge.export.ring import HostRing
 from sglang_specforge.settings import Run
 
 OPT_KEY, SLICE_KEY = "draft_training", "draft_slice"  # of a request's custom_params
@@ -51,8 +53,11 @@ def attach(result: None, worker: Any, *args: Any, **kwargs: Any) -> None:
     exporter = copier = None
     if get_parallel().attn_tp_rank == 0:
         device = torch.device(worker.device)
-        exporter = Exporter(run.spans_endpoint, run.settings.ring_mb << 20, pinned=device.type == "cuda")
-        copier = HostCopier(exporter.ring, device)
+        settings = run.settings
+        ring = HostRing(settings.ring_mb << 20, pinned=device.type == "cuda")
+        max_bytes_s = settings.capture_max_mb_s and settings.capture_max_mb_s * (1 << 20)
+        exporter = Exporter(run.spans_endpoint, ring, Admission(ring, _Served, settings.capture_sample, max_bytes_s))
+        copier = HostCopier(ring, device)
         exporter.start()
     bank = DraftBank(LiveDraft(worker.draft_worker), run)
     _this = DraftTraining(bank, exporter, copier)
@@ -77,54 +82,62 @@ def _guarded(capture: Callable[..., None], batch: Any, *args: Any) -> None:
     if exporter is None or exporter.failure is not None or batch.forward_mode.is_idle():
         return
     try:
-        capture(batch, *args)
+        with exporter.timed():
+            capture(batch, *args)
     except Exception as error:
         exporter.fail(error)
 
 
 def _capture_prefill(batch: Any, result: Any, tokens_N: torch.Tensor) -> None:
-    spans = list(zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True))
-    captured = [_is_captured(req) for req in batch.reqs]
-    states = result.logits_output.hidden_states, result.logits_output.last_hidden_states, tokens_N
-    if not all(captured):
-        lengths = torch.tensor(batch.extend_lens)
-        rows = torch.tensor(captured).repeat_interleave(lengths).nonzero().flatten().to(tokens_N.device)
-        states = tuple(state[rows] for state in states)
-    spans = list(compress(spans, captured))
-    _capture([_describe(*span) for span in spans], *states)
-    for req, *_ in spans:
-        _this.exporter.watch(_Watched(req))
+    logits = result.logits_output
+    states = {"aux_N3H": logits.hidden_states, "last_NH": logits.last_hidden_states}
+    row_bytes = _row_bytes(states)
+    admitted = _pick(batch, [row_bytes * length for length in batch.extend_lens])
+    picked = [b for b, one in admitted if one.left_out is None]
+    if not picked:
+        return
+    if len(picked) < len(batch.reqs):
+        rows = torch.zeros(len(batch.reqs), dtype=torch.bool)
+        rows[picked] = True
+        rows = rows.repeat_interleave(torch.tensor(batch.extend_lens)).nonzero().flatten().to(tokens_N.device)
+        states, tokens_N = {name: state[rows] for name, state in states.items()}, tokens_N[rows]
+    prefilled = [_prefilled(batch.reqs[b], batch.prefix_lens[b], batch.extend_lens[b]) for b in picked]
+    _capture([one.request for _, one in admitted if one.left_out is None], states, tokens_N, prefilled=prefilled)
 
 
 def _capture_verify(batch: Any, result: Any) -> None:
     """Rows of the accepted paths, the same number for every request."""
-    requests = [b for b, req in enumerate(batch.reqs) if _is_captured(req)]
-    picked_B = slice(None)  # a view; picking out copies
-    if len(requests) < len(batch.reqs):
-        picked_B = torch.tensor(requests, dtype=torch.int64, device=result.accept_lens.device)
-    all_drafted_BN = batch.spec_info.draft_token.view(len(batch.reqs), -1)
-    path_BR = result.accept_index.long().clamp(min=0)[picked_B]
-    drafted_BN = all_drafted_BN[picked_B]
-    R = path_BR.shape[1]
-    # SGLang has moved a tree's accepted path to the front of the aux states, but not of the last hidden states.
-    aux_BR3H = result.logits_output.hidden_states.view(*all_drafted_BN.shape, -1)[picked_B, :R]
-    last_NH = result.logits_output.last_hidden_states[path_BR.view(-1)]
-    tokens_N = all_drafted_BN.reshape(-1)[path_BR.view(-1)]
-    nothing_B = torch.full_like(drafted_BN[:, 0], -1)
-    proposed_B = drafted_BN[:, 1] if drafted_BN.shape[1] > 1 else nothing_B
-    # In a chain, the draft after the accepted ones is the refused one; a tree may have refused several.
-    refused_BN = torch.cat([drafted_BN, nothing_B[:, None]], 1) if drafted_BN.shape[1] == R else nothing_B[:, None]
-    accepted_B = result.accept_lens[picked_B].long()
-    last_B1 = accepted_B[:, None].clamp(max=refused_BN.shape[1] - 1)
-    facts = (batch.seq_lens[picked_B].long(), accepted_B, proposed_B.long(), refused_BN.gather(1, last_B1)[:, 0].long())
-    meta = VerifyMeta(R, torch.stack(facts))
-    _capture([_describe(batch.reqs[b]) for b in requests], aux_BR3H.flatten(0, 1), last_NH, tokens_N, meta)
+    B, R = result.accept_index.shape
+    drafted_BD = batch.spec_info.draft_token.view(B, -1)
+    D, chain = drafted_BD.shape[1], batch.spec_info.topk == 1
+    aux_N3H, last_NH = result.logits_output.hidden_states, result.logits_output.last_hidden_states
+    admitted = _pick(batch, [R * _row_bytes({"aux_N3H": aux_N3H, "last_NH": last_NH})] * B)
+    counted = [b for b, one in admitted if one.request.is_counted]
+    picked = [b for b, one in admitted if one.left_out is None]
+    if not counted:
+        return
+    facts_BF = torch.cat([batch.seq_lens[:, None], result.accept_lens[:, None], drafted_BD], 1)
+    states, tokens_N = {}, drafted_BD
+    if picked:
+        tokens_N = drafted_BD.view(-1)
+        if not chain:
+            # SGLang has moved a tree's accepted path to the front of the aux states, but not of the last hidden states.
+            path_BR = result.accept_index.long()
+            path_N = torch.where(path_BR < 0, path_BR[:, :1], path_BR).view(-1)  # beyond the accepted: rows of its own
+            aux_N3H = aux_N3H.view(B, D, -1)[:, :R].flatten(0, 1)
+            last_NH, tokens_N = last_NH[path_N], tokens_N[path_N]
+        if len(picked) < B:
+            rows = torch.tensor(picked, device=tokens_N.device)
+            aux_N3H, last_NH, tokens_N = (t.view(B, R, -1)[rows].flatten(0, 1) for t in (aux_N3H, last_NH, tokens_N))
+        states, tokens_N = {"aux_N3H": aux_N3H, "last_NH": last_NH}, tokens_N.view(-1)
+    requests = [one.request for _, one in admitted if one.left_out is None]
+    _capture(requests, states, tokens_N, verified=Verified(R, chain, facts_BF, picked, counted))
 
 
 def after_abort(result: None, scheduler: Any, abort_req: Any, req: Any) -> None:
     """AFTER ``Scheduler.send_abort_output``: the one way to end for requests that are not running."""
     if _this is not None and _this.exporter is not None:
-        _this.exporter.watch(_Watched(req, ended=True))
+        _this.exporter.admission.abort(req.rid)
 
 
 def add_handlers(handlers: dict[str, Any], controller: Any) -> dict[str, Any]:
@@ -138,6 +151,7 @@ def add_handlers(handlers: dict[str, Any], controller: Any) -> dict[str, Any]:
         "draft_training_activate": _UpdateHandler(
             _validate_activation, lambda key, value: _this.bank.activate(int(value))
         ),
+        "draft_training_capture": _UpdateHandler(lambda key, value: None, lambda key, value: _set_capturing(value)),
     }
 
 
@@ -156,36 +170,28 @@ def _validate_activation(key: str, value: Any) -> None:
         raise UpdateRejected(f"draft version {int(value)} is not staged on every rank")
 
 
-def _capture(
-    requests: list[CapturedRequest],
-    aux_N3H: torch.Tensor,
-    last_NH: torch.Tensor,
-    tokens_N: torch.Tensor,
-    verify: VerifyMeta | None = None,
-) -> None:
-    if not requests:
-        return
-    states = {"aux_N3H": aux_N3H, "last_NH": last_NH}
-    _this.exporter.capture(_this.copier.copy(requests, _this.bank.active_version, states, tokens_N, verify))
+def _set_capturing(value: Any) -> None:
+    if _this.exporter is not None:
+        _this.exporter.paused = not int(value)
 
 
-def _is_captured(req: Any) -> bool:
-    """No health check, not finished before the pass, of the target itself, and its user wants it."""
-    adapted = req.lora_id is not None  # what an adapter computes is not the target's
-    left_out = req.rid.startswith(HEALTH_CHECK_RID_PREFIX) or _asked(req).get(OPT_KEY) is False
-    return not (req.finished() or adapted or left_out)
+def _pick(batch: Any, nbytes: list[int]) -> list[tuple[int, Admitted]]:
+    """The pass's requests but those that were finished before it, each with its place in the batch."""
+    alive = [b for b, req in enumerate(batch.reqs) if not req.finished()]
+    admitted = _this.exporter.admission.pick([batch.reqs[b] for b in alive], [nbytes[b] for b in alive])
+    return list(zip(alive, admitted, strict=True))
 
 
-def _describe(req: Any, start: int = 0, length: int = 0) -> CapturedRequest:
-    return CapturedRequest(
-        rid=req.rid,
-        prompt_tokens=len(req.origin_input_ids),
-        cached_tokens=req.cached_tokens,
-        start=start,
-        length=length,
-        prefix=req.origin_input_ids[:start] if length and start == req.cached_tokens else (),
-        slice=str(_asked(req).get(SLICE_KEY, ""))[:_LONGEST_SLICE],
-    )
+def _row_bytes(states: dict[str, torch.Tensor]) -> int:
+    return sum(state.shape[-1] * state.element_size() for state in states.values())
+
+
+def _capture(requests: list[Any], states: dict[str, torch.Tensor], tokens_N: torch.Tensor, **facts: Any) -> None:
+    _this.exporter.capture(_this.copier.copy(requests, _this.bank.active_version, states, tokens_N, **facts))
+
+
+def _prefilled(req: Any, start: int, length: int) -> Prefilled:
+    return Prefilled(start, length, req.origin_input_ids[:start] if start == req.cached_tokens else ())
 
 
 def _asked(req: Any) -> dict[str, Any]:
@@ -193,17 +199,29 @@ def _asked(req: Any) -> dict[str, Any]:
     return req.sampling_params.custom_params or {}
 
 
-class _Watched:
-    """``export.exporter.WatchedRequest`` on SGLang's ``Req``; read from the exporter thread."""
+class _Served:
+    """``export.admission.ServedRequest`` of SGLang's ``Req``."""
 
-    def __init__(self, req: Any, ended: bool = False) -> None:
-        self.rid, self._req, self._ended = req.rid, req, ended
+    __slots__ = ("_req", "cached_tokens", "is_counted", "prompt_tokens", "refusal", "rid", "slice")
+
+    def __init__(self, req: Any) -> None:
+        asked = _asked(req)
+        self.rid, self._req = req.rid, req
+        self.prompt_tokens, self.cached_tokens = len(req.origin_input_ids), req.cached_tokens
+        self.slice = str(asked.get(SLICE_KEY, ""))[:_LONGEST_SLICE]
+        self.is_counted, self.refusal = True, None
+        if req.rid.startswith(HEALTH_CHECK_RID_PREFIX):
+            self.is_counted, self.refusal = False, "health_check"
+        elif req.lora_id is not None:
+            self.refusal = "adapter"  # what an adapter computes is not the target's
+        elif asked.get(OPT_KEY) is False:
+            self.refusal = "opted_out"
 
     def is_finished(self) -> bool:
-        return self._ended or self._req.finished()
+        return self._req.finished()
 
     def is_aborted(self) -> bool:
-        return self._ended or isinstance(self._req.finished_reason, FINISH_ABORT)
+        return isinstance(self._req.finished_reason, FINISH_ABORT)
 
     def total_tokens(self) -> int:
         return len(self._req.origin_input_ids) + len(self._req.output_ids_through_stop)

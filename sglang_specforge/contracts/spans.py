@@ -8,10 +8,8 @@ Shapes: N rows, H hidden.
 from typing import Literal
 
 import msgspec
-import torch
-from torch import Tensor
 
-PROTOCOL = 3
+PROTOCOL = 4
 
 
 class Span(msgspec.Struct, array_like=True, frozen=True):
@@ -51,13 +49,17 @@ class Captured(msgspec.Struct, tag="captured", frozen=True):
 
 
 class Finished(msgspec.Struct, tag="finished", frozen=True):
-    """A request ended: of its captured positions, those from ``total_tokens`` on are no part of it."""
+    """A request ended: of its captured positions, those from ``total_tokens`` on are no part of it.
+
+    One that was cut short goes on at the server, and is not captured any more: nothing of it is to be used.
+    """
 
     stream: str
     sent_before: int
     rid: str
     total_tokens: int
     aborted: bool
+    cut_short: bool = False
     protocol: int = PROTOCOL
 
     tokens = 0
@@ -66,44 +68,8 @@ class Finished(msgspec.Struct, tag="finished", frozen=True):
 Message = Captured | Finished
 
 
-class WireError(ValueError):
-    """A message that this protocol does not describe."""
-
-
 _encoder = msgspec.msgpack.Encoder()
-_decoder = msgspec.msgpack.Decoder(Message)
 
 
 def encode_header(message: Message) -> bytes:
     return _encoder.encode(message)
-
-
-def decode(frames: list[memoryview]) -> tuple[Message, dict[str, Tensor]]:
-    """Header and tensors of a message; the tensors share the frames' memory.
-
-    Raises:
-        WireError: another protocol, a malformed header, or frames that do not fit the header.
-    """
-    try:
-        message = _decoder.decode(frames[0])
-    except msgspec.MsgspecError as error:
-        raise WireError(f"header cannot be read: {error}") from error
-    if message.protocol != PROTOCOL:
-        raise WireError(f"protocol {message.protocol}, this trainer speaks {PROTOCOL}; run server and trainer alike")
-    layouts = message.tensors if isinstance(message, Captured) else []
-    if len(frames) != 1 + len(layouts):
-        raise WireError(f"{len(frames) - 1} tensor frames for {len(layouts)} tensors")
-    try:
-        tensors = {
-            layout.name: torch.frombuffer(frame, dtype=getattr(torch, layout.dtype)).view(layout.shape)
-            for layout, frame in zip(layouts, frames[1:], strict=True)
-        }
-    except (RuntimeError, ValueError, AttributeError) as error:
-        raise WireError(f"tensor frames do not fit the header: {error}") from error
-    rows = min((tensor.shape[0] for tensor in tensors.values()), default=0)
-    for span in message.spans if isinstance(message, Captured) else []:
-        if len(span.prefix) not in (0, 4 * span.start):
-            raise WireError(f"{len(span.prefix)} bytes of tokens for a prefix of {span.start}")
-        if span.length < 1 or not 0 <= span.row <= rows - span.length:
-            raise WireError(f"span of rows {span.row}+{span.length} in tensors of {rows} rows")
-    return message, tensors

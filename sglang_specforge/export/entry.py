@@ -1,43 +1,71 @@
 """One forward pass's captured states on their way through the host ring.
 
-Shapes: B requests, N rows, R rows a request, H hidden. Prefill rows are the tokens of the pass in order; verify
-rows are, for each request, the R nodes of the longest accepted path, of which ``accept_lens`` were accepted.
+Shapes: B requests of the pass, N rows, R rows a captured request, D drafted tokens a request, F = 2 + D, H hidden.
+Prefill rows are the tokens of the pass in order; verify rows are, for each captured request, the R nodes of the longest
+accepted path, of which the first were accepted.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sglang_specforge.contracts.spans import Captured, Span, TensorLayout
+from sglang_specforge.export.admission import ServedRequest
 from sglang_specforge.export.ring import HostRing, Region
 
 
-@dataclass(frozen=True, slots=True)
-class CapturedRequest:
-    """What the scheduler knows of a request at capture, copied so that it can move on."""
+class Prefilled(NamedTuple):
+    """What a prefill pass computed of a captured request."""
 
-    rid: str
-    prompt_tokens: int
-    cached_tokens: int
-    start: int = 0  # prefill: first position of the pass
-    length: int = 0  # prefill: tokens of the pass
+    start: int  # first position of the pass
+    length: int  # tokens of the pass
     prefix: Sequence[int] = ()  # of the request's first pass: tokens that were cached, and are not computed
-    slice: str = ""  # its label
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What the verification decided, of all requests of the pass."""
+
+    rows_per_request: int
+    chain: bool  # or a tree
+    facts_BF: Tensor  # int64: position of the request's first row, rows accepted, and its D drafted tokens
+    picked: Sequence[int]  # the captured requests
+    counted: Sequence[int]  # those whose acceptance counts
+
+    def acceptance(self) -> tuple[int, int]:
+        """Verifications of a request, and the tokens they committed."""
+        return len(self.counted), int(self.facts_BF[self.counted, 1].sum())
+
+    def facts(self) -> list[tuple[int, int, int, int]]:
+        """Of each captured request: first position, rows accepted, the token proposed after the first row, and the one
+        refused after the last accepted row. In a chain that is the next draft; a tree may have refused several (-1)."""
+        facts, drafts = self.facts_BF[self.picked].tolist(), self.facts_BF.shape[1] - 2
+        return [
+            (
+                start,
+                accepted,
+                drafted[1] if drafts > 1 else -1,
+                drafted[accepted] if self.chain and accepted < drafts else -1,
+            )
+            for start, accepted, *drafted in facts
+        ]
 
 
 @dataclass(slots=True)
 class Entry:
-    """Device tensors copied (or on their way) to host memory; ``region`` is None where the ring was full."""
+    """Device tensors copied (or on their way) to host memory; without ``requests``, a pass that is only counted."""
 
-    requests: Sequence[CapturedRequest]
+    requests: Sequence[ServedRequest]
     draft_version: int
-    region: Region | None
+    region: Region | None = None
     states: list[tuple[str, Tensor]] = field(default_factory=list)  # name, host tensor [N, width] in the region
     tokens_N: Tensor | None = None  # int64, host
-    verify: "VerifyMeta | None" = None
+    prefilled: Sequence[Prefilled] = ()
+    verified: Verified | None = None
     copied: "torch.cuda.Event | None" = None
 
     def wait(self) -> None:
@@ -46,7 +74,7 @@ class Entry:
             self.copied.synchronize()
 
     def spans(self) -> list[Span]:
-        return self._verify_spans() if self.verify else self._prefill_spans()
+        return self._verify_spans() if self.verified else self._prefill_spans()
 
     def message(self, stream: str, sent_before: int, spans: list[Span]) -> tuple[Captured, list[Tensor]]:
         """Header and the tensors whose memory follows it."""
@@ -56,31 +84,23 @@ class Entry:
 
     def _prefill_spans(self) -> list[Span]:
         spans, row = [], 0
-        for r in self.requests:
-            if r.length:
-                prefix = np.asarray(r.prefix, np.int32).tobytes()
+        for r, (start, length, cached) in zip(self.requests, self.prefilled, strict=True):
+            if length:
+                prefix = np.asarray(cached, np.int32).tobytes()
                 spans.append(
-                    Span(r.rid, r.start, r.length, row, r.prompt_tokens, r.cached_tokens, prefix=prefix, slice=r.slice)
+                    Span(r.rid, start, length, row, r.prompt_tokens, r.cached_tokens, prefix=prefix, slice=r.slice)
                 )
-            row += r.length
+            row += length
         return spans
 
     def _verify_spans(self) -> list[Span]:
-        R = self.verify.rows_per_request
-        facts = zip(*self.verify.facts_4B.tolist(), strict=True)
+        R = self.verified.rows_per_request
         return [
-            Span(r.rid, start, length, b * R, r.prompt_tokens, r.cached_tokens, proposed, rejected, slice=r.slice)
-            for b, (r, (start, length, proposed, rejected)) in enumerate(zip(self.requests, facts, strict=True))
+            Span(r.rid, start, length, b * R, r.prompt_tokens, r.cached_tokens, proposed, refused, slice=r.slice)
+            for b, (r, (start, length, proposed, refused)) in enumerate(
+                zip(self.requests, self.verified.facts(), strict=True)
+            )
         ]
-
-
-@dataclass(frozen=True, slots=True)
-class VerifyMeta:
-    """What the verification decided. ``facts_4B`` (int64) holds, for each request, the position of its first row, the
-    accepted rows, the token proposed after the first row, and the one refused after the last accepted row (or -1)."""
-
-    rows_per_request: int
-    facts_4B: Tensor
 
 
 class HostCopier:
@@ -92,55 +112,55 @@ class HostCopier:
 
     def copy(
         self,
-        requests: Sequence[CapturedRequest],
+        requests: Sequence[ServedRequest],
         draft_version: int,
         states: dict[str, Tensor],
         tokens_N: Tensor,
-        verify: VerifyMeta | None = None,
+        *,
+        prefilled: Sequence[Prefilled] = (),
+        verified: Verified | None = None,
     ) -> Entry:
-        """Start copying a pass; the sources may be overwritten by later work of the current stream."""
-        region = self._ring.reserve(sum(t.nbytes for t in states.values()))
-        entry = Entry(requests, draft_version, region)
+        """Start copying a pass; the sources may be overwritten by later work of the current stream.
+
+        Raises:
+            RuntimeError: the ring has no room; ``Admission.pick`` sees to it that there is.
+        """
+        entry = Entry(requests, draft_version, prefilled=prefilled, verified=verified)
+        states = states if requests else {}
+        if requests:
+            entry.region = self._ring.reserve(sum(t.nbytes for t in states.values()))
+            if entry.region is None:
+                raise RuntimeError("the ring has no room for a pass that was admitted")
+        small = {"tokens_N": tokens_N} if requests else {}
+        if verified is not None:
+            small["facts_BF"] = verified.facts_BF
         if self._stream is None:
-            self._fill(entry, states, tokens_N, verify, non_blocking=False)
+            _fill(entry, states, small, non_blocking=False)
             return entry
         # Graph outputs are overwritten by the next replay. A clone in device memory costs the compute stream next to
         # nothing; the slow way to the host is the side stream's, which nothing waits for.
-        states, tokens_N, verify = _clone(states, tokens_N, verify)
+        states, small = ({name: t.clone() for name, t in group.items()} for group in (states, small))
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
-            self._fill(entry, states, tokens_N, verify, non_blocking=True)
-            for tensor in _tensors(states, tokens_N, verify):
+            _fill(entry, states, small, non_blocking=True)
+            for tensor in [*states.values(), *small.values()]:
                 tensor.record_stream(self._stream)
             entry.copied = torch.cuda.Event()
             entry.copied.record(self._stream)
         return entry
 
-    def _fill(
-        self, entry: Entry, states: dict[str, Tensor], tokens_N: Tensor, verify: VerifyMeta | None, non_blocking: bool
-    ) -> None:
-        if entry.region is not None:
-            offset = 0
-            for name, source in states.items():
-                host = entry.region.bytes[offset : offset + source.nbytes].view(source.dtype).view(source.shape)
-                host.copy_(source, non_blocking=non_blocking)
-                entry.states.append((name, host))
-                offset += source.nbytes
-        entry.tokens_N = _to_host(tokens_N, non_blocking)
-        if verify is not None:
-            entry.verify = VerifyMeta(verify.rows_per_request, _to_host(verify.facts_4B, non_blocking))
 
-
-def _tensors(states: dict[str, Tensor], tokens_N: Tensor, verify: VerifyMeta | None) -> list[Tensor]:
-    return [*states.values(), tokens_N, *([verify.facts_4B] if verify else [])]
-
-
-def _clone(
-    states: dict[str, Tensor], tokens_N: Tensor, verify: VerifyMeta | None
-) -> tuple[dict[str, Tensor], Tensor, VerifyMeta | None]:
-    if verify is not None:
-        verify = VerifyMeta(verify.rows_per_request, verify.facts_4B.clone())
-    return {name: t.clone() for name, t in states.items()}, tokens_N.clone(), verify
+def _fill(entry: Entry, states: dict[str, Tensor], small: dict[str, Tensor], non_blocking: bool) -> None:
+    """Copy the states into the entry's region, and what is small into memory of its own."""
+    offset = 0
+    for name, source in states.items():
+        host = entry.region.bytes[offset : offset + source.nbytes].view(source.dtype).view(source.shape)
+        host.copy_(source, non_blocking=non_blocking)
+        entry.states.append((name, host))
+        offset += source.nbytes
+    entry.tokens_N = _to_host(small["tokens_N"], non_blocking) if "tokens_N" in small else None
+    if "facts_BF" in small:
+        entry.verified = replace(entry.verified, facts_BF=_to_host(small["facts_BF"], non_blocking))
 
 
 def _to_host(source: Tensor, non_blocking: bool) -> Tensor:

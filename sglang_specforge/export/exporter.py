@@ -1,20 +1,25 @@
 """The thread that turns capture entries into messages and never waits for the trainer.
 
-The scheduler thread calls ``capture`` and ``watch``, which only append to queues. Everything that may take
+The scheduler thread asks ``admission`` and calls ``capture``, which only appends to a queue. Everything that may take
 time (waiting for a copy, framing, sending) happens in this thread, without a lock held.
 """
 
+import contextlib
 import logging
 import queue
 import threading
+import time
 import uuid
 from collections import deque
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any
 
+import msgspec
 import torch
 import zmq
 
 from sglang_specforge.contracts.spans import Finished, Message, encode_header
+from sglang_specforge.export.admission import Admission
 from sglang_specforge.export.entry import Entry
 from sglang_specforge.export.ring import HostRing, Region
 
@@ -22,34 +27,25 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.02
 _VERSIONS = 32  # whose acceptance is kept apart
-_QUEUED_MESSAGES = 256  # ZMQ high-water mark; the ring bounds the bytes
-
-
-class WatchedRequest(Protocol):
-    """What the exporter reads of a request to learn that it ended."""
-
-    rid: str
-
-    def is_finished(self) -> bool: ...
-    def is_aborted(self) -> bool: ...
-    def total_tokens(self) -> int: ...
 
 
 class Exporter:
     """Owns the ring, the socket and the counters of one exporting rank."""
 
-    def __init__(self, endpoint: str, ring_bytes: int, pinned: bool) -> None:
-        self.ring = HostRing(ring_bytes, pinned)
+    def __init__(self, endpoint: str, ring: HostRing, admission: Admission) -> None:
+        self.ring, self.admission = ring, admission
         self.stream = uuid.uuid4().hex
         self.failure: str | None = None
+        self.paused = False  # by the operator
         self._entries: queue.SimpleQueue[Entry] = queue.SimpleQueue()
-        self._watched: dict[str, WatchedRequest] = {}
-        self._captured = self._sent = 0
+        self._captured = self._sent = self._passes = 0
+        self._scheduler_s = 0.0
         self._dropped: dict[str, int] = {}
         self._acceptance = [0, 0]  # verifications of a request, tokens they committed
         self._acceptance_by_version: dict[int, list[int]] = {}  # the newest versions
         self._in_flight: deque[tuple[Any, Region]] = deque()  # message tracker, region it still reads
-        self._unsent_ends: deque[tuple[str, int, bool]] = deque()
+        self._unsent: deque[Finished] = deque()
+        self._looked_for_ends_s = 0.0
         self._stopping = threading.Event()
         self._endpoint = endpoint
         self._thread = threading.Thread(target=self._run, name="specforge-exporter", daemon=True)
@@ -66,14 +62,18 @@ class Exporter:
         if self.failure is None:
             self._entries.put(entry)
 
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[None]:
+        """Around what a pass costs the scheduler thread."""
+        started_s = time.perf_counter()
+        yield
+        self._scheduler_s += time.perf_counter() - started_s
+        self._passes += 1
+
     def fail(self, error: Exception) -> None:
         """Give up capturing, for good and visibly; serving goes on."""
         self.failure = f"{type(error).__name__}: {error}"
         logger.error("draft training: capture stopped; nothing is captured from here on", exc_info=error)
-
-    def watch(self, request: WatchedRequest) -> None:
-        """Announce the end of this request when it comes (scheduler thread)."""
-        self._watched[request.rid] = request
 
     def counters(self) -> dict[str, Any]:
         """Tokens captured = sent + dropped, once the queue is empty."""
@@ -82,9 +82,12 @@ class Exporter:
             "captured": self._captured,
             "sent": self._sent,
             "dropped": dict(self._dropped),
+            "passes": self._passes,
+            "scheduler_s": self._scheduler_s,  # taken from the scheduler thread by all these passes
             "queued_passes": self._entries.qsize(),
             "ring_used_bytes": self.ring.used_bytes,
             "failure": self.failure,
+            **self.admission.status(),
             "acceptance": self._acceptance,
             "acceptance_by_version": {str(v): counts for v, counts in list(self._acceptance_by_version.items())},
         }
@@ -92,21 +95,43 @@ class Exporter:
     def _run(self) -> None:
         context = zmq.Context()
         socket = context.socket(zmq.PUSH)
-        socket.setsockopt(zmq.SNDHWM, _QUEUED_MESSAGES)
+        socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a reader that is not there
+        socket.setsockopt(zmq.SNDHWM, 0)  # the ring bounds the bytes, as long as none are copied out of it
+        socket.copy_threshold = 0
         socket.setsockopt(zmq.LINGER, 0)
         socket.connect(self._endpoint)
         try:
             while not self._stopping.is_set():
-                # Requests seen as finished here have all their entries in the queue already.
-                ended = [r for r in list(self._watched.values()) if r.is_finished()]
+                self._look_for_reader(socket)
+                ends = self._take_ends()
                 self._send_entries(socket)
-                self._announce_ends(socket, ended)
+                self._announce(socket, ends)
                 self._release_sent()
         except Exception as error:  # the server must serve on; status and log say that capture stopped
             self.fail(error)
         finally:
             socket.close()
             context.term()
+
+    def _look_for_reader(self, socket: zmq.Socket) -> None:
+        reads = bool(socket.poll(0, zmq.POLLOUT))
+        closed = "paused" if self.paused else None if reads else "nobody_listening"
+        if closed != self.admission.closed:
+            logger.info("draft training: capturing %s", f"stops: {closed}" if closed else "begins")
+            self.admission.closed = closed
+
+    def _take_ends(self) -> list[Finished]:
+        """Requests that were cut short or have ended; all their entries are in the queue already."""
+        ends = [Finished(self.stream, 0, rid, 0, aborted=False, cut_short=True) for rid in _drain(self.admission.cut)]
+        if time.monotonic() - self._looked_for_ends_s >= _POLL_S:
+            self._looked_for_ends_s = time.monotonic()
+            for admitted in self.admission.take_ended():
+                if admitted.left_out is None:
+                    aborted = admitted.aborted or admitted.request.is_aborted()
+                    ends.append(
+                        Finished(self.stream, 0, admitted.request.rid, admitted.request.total_tokens(), aborted)
+                    )
+        return ends
 
     def _send_entries(self, socket: zmq.Socket) -> None:
         """Everything queued by now; waits a moment for the first."""
@@ -119,43 +144,44 @@ class Exporter:
 
     def _send_entry(self, socket: zmq.Socket, entry: Entry) -> None:
         entry.wait()
+        if entry.verified is not None:
+            self._count_acceptance(entry.draft_version, *entry.verified.acceptance())
+        if entry.region is None:
+            return
         spans = entry.spans()
         message, tensors = entry.message(self.stream, self._sent, spans)
         self._captured += message.tokens
-        if entry.verify is not None:
-            self._count_acceptance(entry.draft_version, len(spans), message.tokens)
-        if entry.region is None:
-            self._drop("ring_full", message.tokens)
-        elif not spans:
+        if not spans:
             self.ring.release(entry.region)
         elif (tracker := self._send(socket, message, tensors)) is None:
-            self._drop("trainer_not_reading", message.tokens)
+            self._drop("nobody_listening", message.tokens)
             self.ring.release(entry.region)
         else:
             self._sent += message.tokens
             self._in_flight.append((tracker, entry.region))
 
     def _count_acceptance(self, version: int, passes: int, tokens: int) -> None:
+        if not passes:
+            return
         for counts in (self._acceptance, self._acceptance_by_version.setdefault(version, [0, 0])):
             counts[0] += passes
             counts[1] += tokens
         if len(self._acceptance_by_version) > _VERSIONS:
             del self._acceptance_by_version[min(self._acceptance_by_version)]
 
-    def _announce_ends(self, socket: zmq.Socket, ended: list[WatchedRequest]) -> None:
-        for request in ended:
-            del self._watched[request.rid]
-            self._unsent_ends.append((request.rid, request.total_tokens(), request.is_aborted()))
-        while self._unsent_ends:
-            # An end that finds no room waits here: it is small, and without it a sample would stay open.
-            if self._send(socket, Finished(self.stream, self._sent, *self._unsent_ends[0]), []) is None:
+    def _announce(self, socket: zmq.Socket, ends: list[Finished]) -> None:
+        self._unsent += ends
+        while self._unsent:
+            # An end that finds no reader waits here: it is small, and without it a sample would stay open.
+            end = msgspec.structs.replace(self._unsent[0], sent_before=self._sent)
+            if self._send(socket, end, []) is None:
                 break
-            self._unsent_ends.popleft()
-        while len(self._unsent_ends) > 65_536:
-            self._unsent_ends.popleft()  # the trainer closes such samples by age
+            self._unsent.popleft()
+        while len(self._unsent) > 65_536:
+            self._unsent.popleft()  # the trainer closes such samples by age
 
     def _send(self, socket: zmq.Socket, message: Message, tensors: list[torch.Tensor]) -> Any:
-        """ZMQ's tracker of the message's memory, or None where the trainer takes nothing more."""
+        """ZMQ's tracker of the message's memory, or None where nobody reads."""
         frames = [encode_header(message), *(_memory(t) for t in tensors)]
         try:
             return socket.send_multipart(frames, flags=zmq.NOBLOCK, copy=False, track=True)
@@ -170,6 +196,10 @@ class Exporter:
         if reason not in self._dropped:
             logger.warning("draft training: captured tokens are being dropped (%s); serving is not affected", reason)
         self._dropped[reason] = self._dropped.get(reason, 0) + tokens
+
+
+def _drain(queue: deque[str]) -> list[str]:
+    return [queue.popleft() for _ in range(len(queue))]
 
 
 def _memory(tensor: torch.Tensor) -> memoryview:

@@ -36,6 +36,11 @@ class HostRing:
     def used_bytes(self) -> int:
         return self._reserved - self._released
 
+    def room_bytes(self) -> int:
+        """The largest region that can be had now; releasing only adds to it."""
+        free, tail = self.capacity_bytes - self.used_bytes, self.capacity_bytes - self._reserved % self.capacity_bytes
+        return free if free <= tail else max(tail, free - tail)
+
     def reserve(self, nbytes: int) -> Region | None:
         """A region of ``nbytes``, or None where there is no room for it now."""
         size = -(-nbytes // _ALIGNMENT) * _ALIGNMENT

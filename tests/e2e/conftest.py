@@ -10,7 +10,10 @@ from typing import Any
 import httpx
 import pytest
 
+from sglang_specforge.client import wait_until_captured
 from sglang_specforge.server_process import ServerProcess
+from sglang_specforge.settings import DraftTrainingSettings
+from sglang_specforge.settings_flags import flag_of
 from sglang_specforge.traffic import stream_prompts
 
 TARGET = Path(__file__).parents[2] / "examples" / "tiny_target"
@@ -102,13 +105,17 @@ def assert_every_token_is_accounted_for(status: dict[str, Any]) -> None:
     assert tokens["captured"] == fates, tokens
 
 
+def training_flag(name: str) -> str:
+    return flag_of(DraftTrainingSettings, name.replace("-", "_"), "draft_training_")
+
+
 @pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Client]]:
     """Starts a server in place of the one before it: two cores carry one at a time."""
     running: dict[tuple, Client] = {}
 
-    def begin(*arguments: Any, training: dict[str, Any] | None = None, model: Path = TARGET, tp: int = 1) -> Client:
-        key = (arguments, repr(training), model, tp)
+    def begin(*arguments: Any, training: dict[str, Any] | None = None, model: Path = TARGET, **ranks: int) -> Client:
+        key = (arguments, repr(training), model, tuple(ranks.items()))
         if key in running:
             return running[key]
         while running:
@@ -117,9 +124,12 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Cl
         flags: list[Any] = []
         if training is not None:
             flags = ["--enable-draft-training", "--draft-training-run-dir", folder / "run"]
-            flags += [part for name, value in training.items() for part in (f"--draft-training-{name}", value)]
-        server = ServerProcess.start(folder / "log", ["--model-path", model, *SERVING, *arguments, *flags], tp=tp)
+            flags += [part for name, value in training.items() for part in (training_flag(name), value)]
+        server = ServerProcess.start(folder / "log", ["--model-path", model, *SERVING, *arguments, *flags], **ranks)
         running[key] = Client(server, folder / "run")
+        if training is not None and training.get("trainer") != "none":
+            wait_until_captured(server.url, limit_s=90)
+            wait_for("a word from the trainer", lambda: server.status()["trainer"]["silent_s"] is not None)
         return running[key]
 
     yield begin

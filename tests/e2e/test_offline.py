@@ -9,8 +9,10 @@ import pytest
 import torch
 import zmq
 
+from sglang_specforge.client import wait_until_captured
 from sglang_specforge.contracts.control import TokenLedger
-from sglang_specforge.contracts.spans import Captured, decode
+from sglang_specforge.contracts.frames import decode
+from sglang_specforge.contracts.spans import Captured
 from sglang_specforge.prepared import PreparedFile
 from sglang_specforge.training_settings import Job, Speculation, TrainingSettings
 from sglang_specforge.versions import VersionFolder
@@ -78,6 +80,7 @@ def test_a_request_names_its_slice_or_stays_out_of_training(start):
     assembler = Assembler(ledger, 4096)
     socket = zmq.Context.instance().socket(zmq.PULL)
     socket.bind(client.status()["spans_endpoint"])
+    wait_until_captured(client.server.url)
     asked = [{"draft_slice": "code"}, {"draft_training": False}, None]
     expected = {str(i): "code" if i % 3 == 0 else "" for i in range(12) if i % 3 != 1}
     sampling = {"temperature": 0, "max_new_tokens": 12}
@@ -139,6 +142,7 @@ def serve_and_listen(client, texts):
     """Answers, and the samples that a trainer would have got of them."""
     ledger = TokenLedger()
     inbox = Inbox(client.status()["spans_endpoint"], Assembler(ledger, 4096), ledger)
+    wait_until_captured(client.server.url)
     rids, samples = [f"heard-{i}" for i in range(len(texts))], {}
 
     def hear():

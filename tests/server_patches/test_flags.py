@@ -11,6 +11,7 @@ from sglang.srt.server_args import ServerArgs
 
 from server_patches.v0_5_23 import flags
 from sglang_specforge.settings import DraftTrainingSettings
+from sglang_specforge.settings_flags import flag_of
 from tests.tiny import make_target
 
 SCRIPT = """
@@ -104,4 +105,6 @@ def test_help_has_a_group_with_every_setting(parser):
     shown = parser.format_help()
     assert "draft training:" in shown
     for name in DraftTrainingSettings.model_fields:
-        assert f"--draft-training-{name.replace('_', '-')}" in shown
+        assert flag_of(DraftTrainingSettings, name, "draft_training_") in shown
+    assert "--draft-capture-max-mb-s" in shown
+    assert "--draft-capture-sample" in shown

@@ -8,7 +8,9 @@ import torch
 import zmq
 
 from sglang_specforge.contracts import spans
-from sglang_specforge.export.entry import CapturedRequest, HostCopier, VerifyMeta
+from sglang_specforge.contracts.frames import WireError, decode
+from sglang_specforge.export.admission import Admission
+from sglang_specforge.export.entry import HostCopier, Prefilled, Verified
 from sglang_specforge.export.exporter import Exporter
 from sglang_specforge.export.ring import HostRing
 
@@ -16,19 +18,20 @@ H = 4
 
 
 class Request:
-    """An ended request, as the exporter watches them."""
+    refusal, is_counted = None, True
 
-    def __init__(self, rid, total):
-        self.rid, self.total = rid, total
+    def __init__(self, rid, prompt_tokens, cached_tokens=0, slice=""):
+        self.rid, self.prompt_tokens, self.cached_tokens, self.slice = rid, prompt_tokens, cached_tokens, slice
+        self.ended = False
 
     def is_finished(self):
-        return True
+        return self.ended
 
     def is_aborted(self):
         return False
 
     def total_tokens(self):
-        return self.total
+        return self.prompt_tokens
 
 
 @pytest.fixture
@@ -52,29 +55,41 @@ def wait_for(condition):
     raise AssertionError("the condition did not come true within 10 s")
 
 
-def prefill(copier, rid="a", rows=5, **fields):
-    request = CapturedRequest(rid, rows, 0, start=0, length=rows, **fields)
+def exporting(endpoint, ring_bytes):
+    ring = HostRing(ring_bytes, pinned=False)
+    exporter = Exporter(endpoint, ring, Admission(ring, lambda request: request))
+    exporter.start()
+    return exporter, HostCopier(ring, torch.device("cpu"))
+
+
+def prefill(copier, rid="a", rows=5):
     captured = states(rows)
-    return copier.copy([request], 3, captured, torch.arange(rows)), captured
+    made = copier.copy([Request(rid, rows)], 3, captured, torch.arange(rows), prefilled=[Prefilled(0, rows)])
+    return made, captured
+
+
+def picks(exporter, request, nbytes):
+    return exporter.admission.pick([request], [nbytes])[0].left_out is None
 
 
 def test_what_is_captured_arrives_bit_by_bit(endpoint):
     socket = zmq.Context.instance().socket(zmq.PULL)
     socket.bind(endpoint)
-    exporter = Exporter(endpoint, 1 << 16, pinned=False)
-    copier = HostCopier(exporter.ring, torch.device("cpu"))
-    exporter.start()
+    exporter, copier = exporting(endpoint, 1 << 16)
+    wait_for(lambda: exporter.counters()["closed"] is None)
+    request = Request("a", 5)
+    assert picks(exporter, request, 5 * 4 * H * 2)
     entry, captured = prefill(copier)
     exporter.capture(entry)
-    exporter.watch(Request("a", 5))
+    request.ended = True
 
-    message, tensors = spans.decode([f.buffer for f in socket.recv_multipart(copy=False)])
+    message, tensors = decode([f.buffer for f in socket.recv_multipart(copy=False)])
     assert message.spans == [spans.Span("a", 0, 5, 0, 5, 0)]
     assert (message.draft_version, message.sent_before, message.stream) == (3, 0, exporter.stream)
     assert torch.equal(tensors["aux_N3H"], captured["aux_N3H"])
     assert torch.equal(tensors["last_NH"], captured["last_NH"])
     assert tensors["tokens_N"].tolist() == [0, 1, 2, 3, 4]
-    end, _ = spans.decode([f.buffer for f in socket.recv_multipart(copy=False)])
+    end, _ = decode([f.buffer for f in socket.recv_multipart(copy=False)])
     assert (end.rid, end.total_tokens, end.sent_before) == ("a", 5, 5)
     del tensors
     wait_for(lambda: exporter.ring.used_bytes == 0)
@@ -84,36 +99,75 @@ def test_what_is_captured_arrives_bit_by_bit(endpoint):
 
 def test_the_tokens_of_a_cached_prefix_go_with_the_first_span():
     entry, _ = prefill(HostCopier(HostRing(1 << 16, False), torch.device("cpu")))
-    requests = [CapturedRequest("a", 5, 2, start=2, length=3, prefix=[7, 8]), CapturedRequest("b", 2, 0, length=2)]
-    entry = replace(entry, requests=requests)
+    requests, prefilled = [Request("a", 5, 2), Request("b", 2)], [Prefilled(2, 3, [7, 8]), Prefilled(0, 2)]
+    entry = replace(entry, requests=requests, prefilled=prefilled)
     prefixed = spans.Span("a", 2, 3, 0, 5, 2, prefix=bytes([7, 0, 0, 0, 8, 0, 0, 0]))
     assert entry.spans() == [prefixed, spans.Span("b", 0, 2, 3, 2, 0)]
 
 
-def test_verify_spans_are_the_accepted_paths():
+FACTS = torch.tensor([[10, 2, 4, 7, 5, 3], [15, 1, 0, 0, 0, 0], [20, 4, 4, 8, 5, 3], [30, 1, 4, 9, 6, 3]])
+
+
+@pytest.mark.parametrize("chain", [True, False])
+def test_verify_spans_are_the_accepted_paths_of_the_captured_requests(chain):
     copier = HostCopier(HostRing(1 << 16, False), torch.device("cpu"))
-    requests = [CapturedRequest("a", 4, 0), CapturedRequest("b", 4, 0), CapturedRequest("c", 4, 2, slice="code")]
-    meta = VerifyMeta(3, torch.tensor([[10, 20, 30], [2, 3, 1], [7, 8, 9], [5, -1, 6]]))
-    entry = copier.copy(requests, 0, states(9), torch.arange(9), meta)
+    requests = [Request("a", 4), Request("b", 4), Request("c", 4, 2, slice="code")]
+    verified = Verified(4, chain, FACTS, picked=[0, 2, 3], counted=[0, 1, 2, 3])
+    entry = copier.copy(requests, 0, states(12), torch.arange(12), verified=verified)
+    assert entry.verified.acceptance() == (4, 8)
     assert entry.spans() == [
-        spans.Span("a", 10, 2, 0, 4, 0, 7, 5),
-        spans.Span("b", 20, 3, 3, 4, 0, 8, -1),
-        spans.Span("c", 30, 1, 6, 4, 2, 9, 6, slice="code"),
+        spans.Span("a", 10, 2, 0, 4, 0, 7, 5 if chain else -1),
+        spans.Span("b", 20, 4, 4, 4, 0, 8, -1),
+        spans.Span("c", 30, 1, 8, 4, 2, 9, 9 if chain else -1, slice="code"),
     ]
 
 
-def test_without_a_reader_tokens_are_dropped_and_counted(endpoint):
-    exporter = Exporter(endpoint, 1024, pinned=False)
-    copier = HostCopier(exporter.ring, torch.device("cpu"))
-    for _ in range(40):  # five passes of 5 rows fit the ring
-        exporter.capture(prefill(copier)[0])
-    exporter.start()
-    wait_for(lambda: exporter.counters()["captured"] == 200)
+def test_nothing_is_captured_while_nobody_listens_and_what_is_under_way_then_is_counted(endpoint):
+    exporter, copier = exporting(endpoint, 1024)
+    assert not picks(exporter, Request("a", 5), 160)
+    exporter.capture(prefill(copier)[0])  # picked before the reader went
+    wait_for(lambda: exporter.counters()["captured"] == 5)
+    wait_for(lambda: exporter.ring.used_bytes == 0)
     counters = exporter.counters()
-    assert counters["captured"] == counters["sent"] + sum(counters["dropped"].values())
-    assert set(counters["dropped"]) <= {"ring_full", "trainer_not_reading"}
-    assert sum(counters["dropped"].values()) > 0
-    assert counters["failure"] is None
+    assert (counters["sent"], counters["dropped"]) == (0, {"nobody_listening": 5})
+    assert counters["requests"]["left_out"] == {"nobody_listening": 1}
+    exporter.stop()
+
+
+def test_a_reader_that_stops_reading_costs_requests_and_never_a_wait(endpoint):
+    socket = zmq.Context.instance().socket(zmq.PULL)
+    socket.setsockopt(zmq.RCVHWM, 1)
+    socket.bind(endpoint)
+    exporter, copier = exporting(endpoint, 1 << 20)
+    wait_for(lambda: exporter.counters()["closed"] is None)
+    wanted = [Request(str(i), 1000) for i in range(400)]
+    for request in wanted:
+        if picks(exporter, request, 1000 * 4 * H * 2):
+            exporter.capture(prefill(copier, request.rid, rows=1000)[0])
+        request.ended = True
+    left_out = exporter.counters()["requests"]["left_out"]
+    assert left_out["ring_full"] > 0
+
+    received = {}
+    while socket.poll(500):
+        message, _ = decode([f.buffer for f in socket.recv_multipart(copy=False)])
+        received.setdefault(type(message).__name__, []).append(message)
+    whole = {message.spans[0].rid for message in received["Captured"]}
+    assert len(whole) == 400 - sum(left_out.values())
+    assert {message.rid for message in received["Finished"] if not message.cut_short} == whole
+    wait_for(lambda: exporter.ring.used_bytes == 0)
+    assert exporter.counters()["dropped"] == {}
+    exporter.stop()
+    socket.close()
+
+
+def test_acceptance_is_counted_of_passes_that_are_not_captured(endpoint):
+    exporter, copier = exporting(endpoint, 1024)
+    verified = Verified(4, True, FACTS, picked=[], counted=[0, 3])
+    exporter.capture(copier.copy([], 2, {}, torch.empty(0), verified=verified))
+    wait_for(lambda: exporter.counters()["acceptance"] == [2, 3])
+    assert exporter.counters()["acceptance_by_version"] == {"2": [2, 3]}
+    assert exporter.counters()["captured"] == 0
     exporter.stop()
 
 
@@ -131,6 +185,8 @@ def test_the_ring_wraps_and_never_hands_out_memory_twice():
         held.append((i, region))
     assert ring.used_bytes <= 1024
     assert ring.reserve(2000) is None
+    assert ring.reserve(ring.room_bytes() + 1) is None
+    assert ring.reserve(ring.room_bytes()) is not None
 
 
 @pytest.mark.parametrize("damage", ["header", "frame", "rows", "prefix", "protocol", "missing"])
@@ -153,5 +209,5 @@ def test_a_damaged_message_is_refused(damage):
         header = header.replace(bytes([spans.PROTOCOL]), b"\x63")
     else:
         frames.pop()
-    with pytest.raises(spans.WireError):
-        spans.decode([memoryview(header), *frames])
+    with pytest.raises(WireError):
+        decode([memoryview(header), *frames])

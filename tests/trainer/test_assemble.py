@@ -69,6 +69,14 @@ def test_positions_beyond_the_end_are_no_part_of_it():
     assert assembler.open_tokens == 0
 
 
+def test_a_request_that_was_cut_short_is_dropped_whole():
+    assembler, ledger = make()
+    capture(assembler, 0, 4)
+    assert assembler.add(Finished(STREAM, 0, "a", 0, False, cut_short=True), {}) == []
+    assert ledger.dropped == {"cut_short": 4}
+    assert assembler.open_tokens == 0
+
+
 def test_a_hole_ends_the_sample():
     assembler, ledger = make()
     capture(assembler, 0, 4)

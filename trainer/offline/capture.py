@@ -14,8 +14,9 @@ from typing import Any
 import httpx
 import torch
 
-from sglang_specforge.client import authorization
+from sglang_specforge.client import authorization, wait_until_captured
 from sglang_specforge.contracts.control import TokenLedger
+from sglang_specforge.contracts.frames import Expected
 from sglang_specforge.prepared import Prepared
 from trainer.assemble import Assembler
 from trainer.inbox import Inbox
@@ -50,20 +51,32 @@ class Capture:
     """Keeps ``concurrency`` sequences under way at a server, and writes what comes back."""
 
     def __init__(
-        self, url: str, api_key: str | None, spans_endpoint: str, writer: DatasetWriter, concurrency: int
+        self,
+        url: str,
+        api_key: str | None,
+        spans_endpoint: str,
+        expected: Expected,
+        writer: DatasetWriter,
+        concurrency: int,
     ) -> None:
         self.report = Report()
+        self._url, self._api_key = url, api_key
         self._writer, self._concurrency = writer, concurrency
         ledger = TokenLedger()
-        self._inbox = Inbox(spans_endpoint, Assembler(ledger, _LONGEST), ledger)
+        self._inbox = Inbox(spans_endpoint, Assembler(ledger, _LONGEST), ledger, expected)
         self._client = httpx.Client(base_url=url, headers=authorization(api_key), timeout=_TIMEOUT_S, trust_env=False)
         self._under_way: dict[str, _Sent] = {}
         self._again: list[_Sent] = []
 
     def run(self, sequences: Iterable[Prepared], on_change: Callable[[Report], Any]) -> Report:
-        """All of them but those stored already; what was written stays, however this ends."""
+        """All of them but those stored already; what was written stays, however this ends.
+
+        Raises:
+            NotCaptured: the server's capture is paused, or has failed.
+        """
         wanted = self._wanted(sequences)
         try:
+            wait_until_captured(self._url, self._api_key)
             with ThreadPoolExecutor(self._concurrency) as pool:
                 while self._send_more(pool, wanted) or self._under_way:
                     for sample in self._inbox.receive(_POLL_S):

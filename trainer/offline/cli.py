@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from sglang_specforge.client import DEFAULT_URL, ApiKey, Url, ask, fail
+from sglang_specforge.client import DEFAULT_URL, ApiKey, NotCaptured, Url, ask, fail
+from sglang_specforge.contracts.frames import Expected
 from sglang_specforge.prepared import PreparedError, PreparedFile
 from sglang_specforge.sockets import EndpointTaken
 from sglang_specforge.target import TargetError, load_target_config
@@ -40,19 +41,21 @@ def capture(
     status = ask("GET", url, "/draft/status", api_key, timeout=10).json()
     try:
         sequences = PreparedFile(data)
+        target = load_target_config(Path(status["target_path"]))
         manifest = Manifest(
             target_fingerprint=status["target_fingerprint"],
             target_path=status["target_path"],
             served_dtype=status["served_dtype"],
-            hidden_size=load_target_config(Path(status["target_path"])).hidden_size,
+            hidden_size=target.hidden_size,
             stored=status["served_dtype"] if store == "served" else store,
         )
         if estimate:
             show_estimate(sequences, manifest, out)
             return
         writer = DatasetWriter(out, manifest, shard_mb << 20)
-        report = _run(Capture(url, api_key, status["spans_endpoint"], writer, concurrency), sequences)
-    except (PreparedError, DatasetError, TargetError, EndpointTaken) as error:
+        expected = Expected(target.hidden_size, target.vocab_size, manifest.served_dtype)
+        report = _run(Capture(url, api_key, status["spans_endpoint"], expected, writer, concurrency), sequences)
+    except (PreparedError, DatasetError, TargetError, EndpointTaken, NotCaptured) as error:
         fail(str(error))
     console.print(
         f"stored {report.stored} sequences of {report.stored_tokens:,} tokens in {out}; {report.there_already} were "

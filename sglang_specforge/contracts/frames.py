@@ -1,0 +1,107 @@
+"""A received message's frames, checked before anything is made of them: nothing the other side says is trusted.
+
+Tensors share the frames' memory, so reading a message allocates no more than its header; every number that later
+decides about memory or indexes a table (rows, positions, tokens) has bounds here.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from sglang_specforge.contracts.spans import PROTOCOL, Captured, Message, Span, TensorLayout
+
+FRAMES = 4  # of the longest message: the header and three tensors
+_MOST_POSITIONS = 1 << 27
+_LONGEST_ID = 512  # characters
+_STATES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
+_TENSORS = ("aux_N3H", "last_NH", "tokens_N")
+
+
+class WireError(ValueError):
+    """A message that this protocol does not describe, or that is not of the stream that was expected."""
+
+
+class Expected(NamedTuple):
+    """The stream of one target."""
+
+    hidden_size: int
+    vocab_size: int
+    dtype: str  # as torch names it
+
+
+_decoder = msgspec.msgpack.Decoder(Message)
+
+
+def decode(frames: Sequence[memoryview], expected: Expected | None = None) -> tuple[Message, dict[str, Tensor]]:
+    """Header and tensors of a message; the tensors share the frames' memory.
+
+    Raises:
+        WireError: another protocol, a malformed header, frames that do not fit it, or another target's states.
+    """
+    try:
+        message = _decoder.decode(frames[0])
+    except (msgspec.MsgspecError, UnicodeDecodeError, IndexError) as error:
+        raise WireError(f"header cannot be read: {error}") from error
+    if message.protocol != PROTOCOL:
+        raise WireError(f"protocol {message.protocol}, this trainer speaks {PROTOCOL}; run server and trainer alike")
+    _check(0 <= message.sent_before < 1 << 62, "tokens sent before", message.sent_before)
+    _check(len(message.stream) <= _LONGEST_ID, "characters in a stream's name", len(message.stream))
+    if not isinstance(message, Captured):
+        _check(len(frames) == 1, "tensor frames of an end", len(frames) - 1)
+        _check(0 <= message.total_tokens <= _MOST_POSITIONS, "tokens of a request", message.total_tokens)
+        return message, {}
+    tensors = _tensors(message.tensors, frames[1:], expected)
+    for span in message.spans:
+        _check_span(span, tensors["tokens_N"], expected)
+    _check(message.tokens <= len(tensors["tokens_N"]), "rows of all spans, more than there are", message.tokens)
+    return message, tensors
+
+
+def _tensors(layouts: list[TensorLayout], frames: Sequence[memoryview], expected: Expected | None) -> dict[str, Tensor]:
+    names = tuple(layout.name for layout in layouts)
+    if names != _TENSORS or len(frames) != len(_TENSORS):
+        raise WireError(f"{len(frames)} tensor frames for {names}; expected {_TENSORS}")
+    aux, last, tokens = layouts
+    if len(last.shape) != 2 or not 0 < last.shape[0] < 1 << 32 or not 0 < last.shape[1] < 1 << 32:
+        raise WireError(f"last_NH of shape {last.shape}")
+    N, H = last.shape
+    if expected is not None and (H, last.dtype) != (expected.hidden_size, expected.dtype):
+        raise WireError(
+            f"states of hidden size {H} in {last.dtype}; this target has {expected.hidden_size} in {expected.dtype}"
+        )
+    if aux.shape != [N, 3 * H] or tokens.shape != [N]:
+        raise WireError(f"aux_N3H of shape {aux.shape} and tokens_N of {tokens.shape} beside last_NH of {last.shape}")
+    if aux.dtype != last.dtype or last.dtype not in _STATES or tokens.dtype != "int64":
+        raise WireError(f"dtypes {aux.dtype}, {last.dtype}, {tokens.dtype}; states are {', '.join(_STATES)}")
+    for layout, frame in zip(layouts, frames, strict=True):
+        dtype = _STATES.get(layout.dtype, torch.int64)
+        if frame.nbytes != dtype.itemsize * N * (layout.shape[1] if len(layout.shape) > 1 else 1):
+            raise WireError(f"tensor frames do not fit the header: {frame.nbytes} bytes for {layout}")
+    return {
+        layout.name: torch.frombuffer(frame, dtype=_STATES.get(layout.dtype, torch.int64)).view(layout.shape)
+        for layout, frame in zip(layouts, frames, strict=True)
+    }
+
+
+def _check_span(span: Span, tokens_N: Tensor, expected: Expected | None) -> None:
+    _check(0 < span.length <= len(tokens_N), "length of a span", span.length)
+    _check(0 <= span.row <= len(tokens_N) - span.length, f"first row of a span of {span.length}", span.row)
+    _check(0 <= span.start < _MOST_POSITIONS, "position of a span", span.start)
+    _check(0 <= span.prompt_tokens <= _MOST_POSITIONS, "tokens of a prompt", span.prompt_tokens)
+    _check(len(span.prefix) in (0, 4 * span.start), f"bytes of tokens for a prefix of {span.start}", len(span.prefix))
+    _check(len(span.rid) <= _LONGEST_ID, "characters in a request's name", len(span.rid))
+    _check(len(span.slice) <= _LONGEST_ID, "characters in a slice's name", len(span.slice))
+    if expected is not None:
+        _check(-1 <= span.rejected < expected.vocab_size, "a refused token", span.rejected)
+        for tokens in (tokens_N[span.row : span.row + span.length].numpy(), np.frombuffer(span.prefix, np.int32)):
+            if tokens.size and not 0 <= tokens.min() <= tokens.max() < expected.vocab_size:
+                raise WireError(f"tokens {tokens.min()} to {tokens.max()}; this target has {expected.vocab_size}")
+
+
+def _check(accepted: bool, what: str, value: int) -> None:
+    if not accepted:
+        raise WireError(f"{what}: {value}")

@@ -1,0 +1,179 @@
+"""Frames that are not what they should be: each is counted, none ends the trainer or makes it allocate much."""
+
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sglang_specforge.contracts.control import TokenLedger
+from sglang_specforge.contracts.frames import Expected, WireError, decode
+from sglang_specforge.contracts.spans import Captured, Finished, Span, TensorLayout, encode_header
+from trainer.assemble import Assembler
+from trainer.inbox import Inbox
+from trainer.prefix_store import PrefixStore
+
+H, V = 8, 100
+EXPECTED = Expected(H, V, "bfloat16")
+BATCH = 1000
+NUMBERS = (-1, 0, 1, 2, 5, 7, 255, V, 1 << 15, (1 << 27) - 1, 1 << 31, 1 << 40, (1 << 63) - 1, -(1 << 63))
+NAMES = ("", "a", "b", "aux_N3H", "last_NH", "bfloat16", "float32", "nn", "x" * 600, "\x00")
+MOST_OPEN_TOKENS, STORE_BYTES, ALLOWED_BYTES = 1 << 16, 1 << 20, 128 << 20
+
+
+def message(spans, sent_before=0, rows=6, stream="s"):
+    tensors = [
+        torch.randn(rows, 3 * H).bfloat16().view(torch.uint8), torch.randn(rows, H).bfloat16().view(torch.uint8),
+        torch.arange(rows),
+    ]  # fmt: skip
+    shapes = [("aux_N3H", "bfloat16", [rows, 3 * H]), ("last_NH", "bfloat16", [rows, H]), ("tokens_N", "int64", [rows])]
+    header = encode_header(Captured(stream, sent_before, 1, spans, [TensorLayout(*shape) for shape in shapes]))
+    return [header, *(tensor.numpy().tobytes() for tensor in tensors)]
+
+
+def valid():
+    prefix = np.arange(3, dtype=np.int32).tobytes()
+    return [
+        message([Span("a", 0, 4, 0, 4, 0), Span("b", 3, 2, 4, 5, 3, prefix=prefix, slice="code")]),
+        message([Span("a", 4, 2, 0, 4, 0, 7, 9), Span("b", 5, 1, 3, 5, 3, 1, -1)]),
+        [encode_header(Finished("s", 0, "a", 6, False))],
+        [encode_header(Finished("s", 0, "b", 6, False, cut_short=True))],
+    ]
+
+
+def mutate(rng, frames):
+    """One to three changes: to a value of the header, to its bytes, or to the frames."""
+    frames = list(frames)
+    for _ in range(rng.randrange(1, 4)):
+        way = rng.randrange(8)
+        i = rng.randrange(len(frames)) if frames else 0
+        if way < 4 and frames:
+            frames[0] = change_value(rng, frames[0])
+        elif way == 4 and frames and frames[i]:
+            content = bytearray(frames[i])
+            content[rng.randrange(len(content))] = rng.randrange(256)
+            frames[i] = bytes(content)
+        elif way == 5 and frames:
+            cut = rng.randrange(len(frames[i]) + 1)
+            frames[i] = frames[i][:cut] + rng.randbytes(rng.choice((0, 0, 1, 8))) + frames[i][cut + rng.randrange(9) :]
+        elif way == 6:
+            frames.insert(i, frames[rng.randrange(len(frames))] if frames else b"")
+        elif way == 7 and frames:
+            del frames[i]
+    return frames
+
+
+def change_value(rng, header):
+    """Another number, name or structure in the place of one of the header's, whatever it may mean."""
+    try:
+        document = msgspec.msgpack.decode(header)
+    except (msgspec.MsgspecError, UnicodeDecodeError, ValueError):
+        return header
+    place, node = None, document
+    while isinstance(node, dict | list) and node:
+        key = rng.choice(list(node)) if isinstance(node, dict) else rng.randrange(len(node))
+        place, node = (node, key), node[key]
+    other = rng.choice((rng.choice(NUMBERS), rng.choice(NUMBERS), rng.choice(NAMES), None, [], {}, b"\0" * 12, 0.5))
+    if place is None:
+        return msgspec.msgpack.encode(other)
+    place[0][place[1]] = other
+    return msgspec.msgpack.encode(document)
+
+
+def resident_bytes(name):
+    line = next(ln for ln in Path("/proc/self/status").read_text().splitlines() if ln.startswith(name))
+    return int(line.split()[1]) << 10
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("fuzz")
+
+
+@pytest.mark.parametrize("batches", [20, pytest.param(1000, marks=pytest.mark.slow)])
+def test_mutated_frames_are_counted_and_cost_no_memory(folder, batches):
+    ledger = TokenLedger()
+    assembler = Assembler(ledger, 64, PrefixStore("t", STORE_BYTES), max_open_tokens=MOST_OPEN_TOKENS)
+    inbox = Inbox(f"ipc://{folder}/{batches}", assembler, ledger, EXPECTED)
+    taken = sampled = read = 0
+
+    @settings(max_examples=batches, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(st.randoms(use_true_random=True))
+    def feed(rng):
+        nonlocal taken, sampled, read
+        corpus = valid()
+        for _ in range(BATCH):
+            frames = [memoryview(bytearray(frame)) for frame in mutate(rng, rng.choice(corpus))]
+            malformed = inbox.malformed
+            sampled += sum(sample.captured for sample in inbox.take(frames))
+            read += malformed == inbox.malformed
+            taken += 1
+        # Every token that came, or was said to be lost, is in a sample, open, or dropped for a reason.
+        assert ledger.received == sampled + assembler.open_tokens + sum(ledger.dropped.values())
+        assert assembler.open_tokens <= MOST_OPEN_TOKENS
+
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident_bytes("VmRSS")
+    feed()
+    grown = resident_bytes("VmHWM") - before
+    inbox.close()
+    assert taken >= batches * BATCH
+    assert read + inbox.malformed == taken
+    assert read > 0 < inbox.malformed
+    assert grown < ALLOWED_BYTES, f"{grown >> 20} MiB"
+
+
+@pytest.mark.parametrize(
+    ("span", "reason"),
+    [
+        (Span("a", 1 << 27, 1, 0, 4, 0), "position"),
+        (Span("a", -1, 1, 0, 4, 0), "position"),
+        (Span("a", 0, 7, 0, 4, 0), "length"),
+        (Span("a", 0, 2, 5, 4, 0), "first row"),
+        (Span("a", 0, 1, -1, 4, 0), "first row"),
+        (Span("a", 0, 1, 0, 4, 0, rejected=V), "refused token"),
+        (Span("a", 1, 1, 0, 4, 0, prefix=np.array([V], np.int32).tobytes()), "this target has 100"),
+        (Span("a" * 600, 0, 1, 0, 4, 0), "request's name"),
+    ],
+)
+def test_a_span_out_of_bounds_is_refused_by_name(span, reason):
+    with pytest.raises(WireError, match=reason):
+        decode([memoryview(frame) for frame in message([span])], EXPECTED)
+
+
+def test_spans_that_share_rows_are_refused():
+    with pytest.raises(WireError, match="more than there are"):
+        decode([memoryview(f) for f in message([Span(str(i), 0, 4, 0, 4, 0) for i in range(2)])], EXPECTED)
+
+
+def test_another_targets_states_are_refused():
+    frames = [memoryview(frame) for frame in message([Span("a", 0, 4, 0, 4, 0)])]
+    for expected in (EXPECTED._replace(hidden_size=16), EXPECTED._replace(dtype="float32")):
+        with pytest.raises(WireError, match=f"{expected.hidden_size} in {expected.dtype}"):
+            decode(frames, expected)
+    with pytest.raises(WireError, match="this target has 3"):
+        decode(frames, EXPECTED._replace(vocab_size=3))
+
+
+def test_positions_far_apart_allocate_only_what_came():
+    ledger = TokenLedger()
+    assembler = Assembler(ledger, 64)
+    for start in (0, (1 << 27) - 8):
+        assembler.add(*decode([memoryview(f) for f in message([Span("a", start, 4, 0, 4, 0)])]))
+    (sample,) = assembler.add(Finished("s", 0, "a", 1 << 27, False), {})
+    assert len(sample) == 4
+    assert ledger.dropped == {"gap": 4}
+
+
+def test_open_requests_are_bounded_and_the_longest_silent_gives_way():
+    ledger = TokenLedger()
+    assembler = Assembler(ledger, 64, max_open_tokens=10)
+    for rid in "abc":
+        assembler.add(*decode([memoryview(f) for f in message([Span(rid, 0, 4, 0, 4, 0)])]))
+    assert assembler.open_tokens == 8
+    assert ledger.dropped == {"too_many_open": 4}
+    assert assembler.add(Finished("s", 0, "a", 4, False), {}) == []
+    assert len(assembler.add(Finished("s", 0, "c", 4, False), {})) == 1
