@@ -64,6 +64,16 @@ def test_two_tensor_parallel_ranks(start, reference):
     assert status["trainer"]["parity"]["agreed"] == status["trainer"]["parity"]["compared"]
 
 
+def test_two_replicas_each_export_their_own_requests(start, reference):
+    expected = reference()
+    client = start("--dtype", "float32", NO_CACHE, training=STEADY, dp=2)
+    status = run_loop(client, expected)
+    assert len(status["export"]) == 2
+    assert len({export["stream"] for export in status["export"]}) == 2
+    assert min(export["captured"] for export in status["export"]) > 0.2 * status["tokens"]["captured"]
+    assert status["trainer"]["parity"]["agreed"] == status["trainer"]["parity"]["compared"]
+
+
 def test_bf16_from_a_draft_made_by_hand(start, tmp_path):
     made = [sys.executable, "-m", "sglang_specforge", "init-draft", TARGET, tmp_path / "draft", "--seed", "7"]
     subprocess.run(made, check=True, timeout=120)

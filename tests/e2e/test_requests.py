@@ -1,0 +1,88 @@
+"""The ways that a request can go through a server; after each, every captured token has a fate."""
+
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from tests.e2e.conftest import TRAINING, assert_every_token_is_accounted_for, prompts, settled, wait_for
+
+# A pool that a few long answers fill, so that some have to give theirs back and begin again.
+POOL_TOKENS = 700
+
+
+@pytest.fixture
+def client(start):
+    return start(
+        "--dtype", "float32", "--disable-radix-cache", "--chunked-prefill-size", 64, "--max-total-tokens", POOL_TOKENS,
+        "--schedule-conservativeness", 0.05,
+        training=TRAINING,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def accounted(client):
+    """The tokens captured during a test are accounted for at its end."""
+    before = settled(client)["tokens"]
+    yield lambda: settled(client)["tokens"]["captured"] - before["captured"]
+    status = settled(client)
+    assert_every_token_is_accounted_for(status)
+    assert status["export"][0]["failure"] is None
+    assert status["trainer"]["malformed_messages"] == 0
+    assert "gap" not in status["tokens"]["dropped"]
+    assert "abandoned" not in status["tokens"]["dropped"]
+
+
+def dropped(client, reason):
+    return settled(client)["tokens"]["dropped"].get(reason, 0)
+
+
+def test_retracted_requests_send_positions_again_and_the_newest_are_used(client, accounted):
+    before = dropped(client, "repeated")
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda text: client.generate(text, 160, min_new_tokens=160), prompts(16, seed=20)))
+    assert dropped(client, "repeated") > before
+    expected = sum(a["meta_info"]["prompt_tokens"] + a["meta_info"]["completion_tokens"] - 1 for a in answers)
+    assert accounted() >= expected
+
+
+def test_four_answers_to_one_prompt_are_four_requests(client, accounted):
+    seen = settled(client)["export"][0]["requests"]["captured"]
+    answers = client.generate("Compute the sum", 24, n=4, temperature=0.9)
+    assert len(answers) == 4
+    assert accounted() >= sum(a["meta_info"]["completion_tokens"] - 1 for a in answers)
+    assert settled(client)["export"][0]["requests"]["captured"] >= seen + 4
+
+
+def test_stop_strings_cut_the_sample_where_the_answer_ends(client, accounted):
+    free = client.generate("def main(", 64, ignore_eos=True)
+    stop = free["text"][8:11]
+    answer = client.generate("def main(", 64, ignore_eos=True, stop=[stop])
+    assert answer["meta_info"]["finish_reason"]["type"] == "stop"
+    assert stop not in answer["text"]
+    assert answer["meta_info"]["completion_tokens"] < 64
+    accounted()
+
+
+def test_answers_under_a_grammar_are_captured(client, accounted):
+    answer = client.generate("A number", 24, regex="[0-9]{4,12}")
+    assert answer["text"].strip().isdigit()
+    assert accounted() >= answer["meta_info"]["prompt_tokens"] + answer["meta_info"]["completion_tokens"] - 1
+
+
+def test_streams_that_clients_leave_are_closed_and_counted(client, accounted):
+    def leave(i):
+        body = {
+            "text": prompts(1, seed=50 + i)[0], "stream": True,
+            "sampling_params": {"max_new_tokens": 300, "ignore_eos": True},
+        }  # fmt: skip
+        with httpx.stream("POST", f"{client.server.url}/generate", json=body, timeout=60, trust_env=False) as answer:
+            for line in answer.iter_lines():
+                if line.startswith("data: ") and json.loads(line[6:])["meta_info"]["completion_tokens"] > 4 * i:
+                    return
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(leave, range(12)))
+    assert accounted() > 0
+    wait_for("no open request", lambda: settled(client)["tokens"]["in_flight"] == 0)
