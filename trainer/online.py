@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 _WAIT_S = 0.2
 _HEARTBEAT_EVERY_S = 1.0
 _EVALUATED_SAMPLES = 16
+_LEAST_FRAME_MB = 64  # a header holds the tokens of cached prefixes, whatever the ring
 
 
 class OnlineSource:
@@ -67,9 +68,8 @@ class OnlineSource:
         )
         vocab_size, hidden_size = learner.target.embed_VH.shape
         expected = Expected(hidden_size, vocab_size, self._run.served_dtype)
-        self._inbox = Inbox(
-            self._run.spans_endpoint, self._assembler, self._ledger, expected, max_frame_bytes=settings.ring_mb << 20
-        )
+        max_frame_bytes = max(settings.ring_mb, _LEAST_FRAME_MB) << 20
+        self._inbox = Inbox(self._run.spans_endpoint, self._assembler, self._ledger, expected, max_frame_bytes)
         self._outbox = zmq.Context.instance().socket(zmq.PUSH)
         self._outbox.connect(self._run.control_endpoint)
 

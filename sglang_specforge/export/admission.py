@@ -6,6 +6,7 @@ above it are cut short: at any time the captured ones are those of the smallest 
 (a bottom-k sample). The share rises again only while use stays clearly below the limits, so it does not flap.
 """
 
+import logging
 import random
 import time
 from collections import Counter, deque
@@ -14,6 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from sglang_specforge.export.ring import HostRing
+
+logger = logging.getLogger(__name__)
 
 _LOWER_EVERY_S, _RAISE_EVERY_S = 0.25, 1.0
 _AIM, _RAISE_BELOW = 0.9, 0.8  # of the budget: what a change of the share aims at, and where it may rise
@@ -55,7 +58,7 @@ class RequestCounts:
     """seen = captured + left out."""
 
     seen: int = 0
-    cut_short: int = 0  # of those left out, the ones that had been captured in part
+    cut_short: int = 0  # of those left out, the ones that had been admitted at first
     left_out: Counter[str] = field(default_factory=Counter)
 
 
@@ -178,6 +181,8 @@ class Admission:
         self._lowered_by = reason
 
     def _cut(self, admitted: list[Admitted], reason: str) -> None:
+        if admitted and reason not in self.counts.left_out:
+            logger.warning("draft training: requests are left out (%s); serving is not affected", reason)
         for one in admitted:
             one.left_out = reason
             self.counts.left_out[reason] += 1
