@@ -106,10 +106,10 @@ def ratios(measured: list[Measured], arm: str) -> list[float]:
 
 def main(
     target: Annotated[Path, typer.Option(help="Folder of the target.")] = TINY_TARGET,
-    quick: Annotated[bool, typer.Option(help="3 rounds of 3 s instead of 9 of 12 s.")] = False,
+    quick: Annotated[bool, typer.Option(help="3 rounds of 3 s instead of 9 of 7 s.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
 ) -> None:
-    rounds, requests, tokens = (3, 16, 48) if quick else (9, 64, 96)
+    rounds, requests, tokens = (3, 16, 48) if quick else (9, 32, 64)
     with tempfile.TemporaryDirectory() as folder, start_capturing(target, Path(folder), *SERVING) as server:
         measured = take_rounds(server, rounds, requests, tokens)
     table = Table(title=f"{rounds} rounds of {requests} requests, {tokens} tokens each; throughput against paused")
