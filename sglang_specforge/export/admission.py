@@ -101,14 +101,14 @@ class Admission:
         known = self._requests
         admitted = [known.get(r.rid) or self._begin(r) for r in requests]
         captured = [(one, size) for one, size in zip(admitted, nbytes, strict=True) if one.left_out is None]
-        if self.closed is not None:
-            self._cut([one for one, _ in captured], self.closed)
-        elif (size := sum(size for _, size in captured)) > self._ring.room_bytes():
+        if (closed := self.closed) is not None:  # read once: the exporter thread may change it at any time
+            self._cut([one for one, _ in captured], closed)
+            return admitted
+        if (size := sum(size for _, size in captured)) > self._ring.room_bytes():
             size = self._fit(captured)
-        if self.closed is None:
-            self._spent += size
-            if self._spare is not None:
-                self._spare -= size
+        self._spent += size
+        if self._spare is not None:
+            self._spare -= size
         return admitted
 
     def abort(self, rid: str) -> None:
@@ -133,8 +133,8 @@ class Admission:
     def _begin(self, request: Any) -> Admitted:
         served = self._describe(request)
         admitted = self._requests[served.rid] = Admitted(served, self._random.random(), served.refusal)
-        if admitted.left_out is None and self.closed is not None:
-            admitted.left_out = self.closed
+        if admitted.left_out is None and (closed := self.closed) is not None:
+            admitted.left_out = closed
         elif admitted.left_out is None and admitted.drawn >= self._share:
             admitted.left_out = "sampled_out" if admitted.drawn >= self._sample else self._lowered_by
         if served.is_counted:
