@@ -1,4 +1,4 @@
-"""What commands share: where the server is, asking it, and ending with an error."""
+"""Asking a server that runs with draft training; commands end with an error where it does not answer as one."""
 
 import time
 from typing import Annotated, Any, NoReturn
@@ -20,19 +20,35 @@ def authorization(api_key: str | None) -> dict[str, str]:
     return {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
 
-def ask(method: str, url: str, path: str, api_key: str | None, **kwargs: Any) -> httpx.Response:
-    """The server's answer; anything but success or 422 ends the command with what to do about it."""
+class Unanswered(RuntimeError):
+    """A server gave no answer that can be used; the message says why, and what to do."""
+
+
+def request(method: str, url: str, path: str, api_key: str | None, **kwargs: Any) -> httpx.Response:
+    """The server's answer, success or 422.
+
+    Raises:
+        Unanswered: for anything else.
+    """
     try:
         answer = httpx.request(method, url + path, headers=authorization(api_key), trust_env=False, **kwargs)
-    except httpx.HTTPError as error:
-        fail(f"{url} does not answer ({error}); is the server up, and is --url right?")
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise Unanswered(f"{url} does not answer ({error}); is the server up, and its address right?") from error
     if answer.status_code == 404:
-        fail(f"the server at {url} runs without --enable-draft-training")
+        raise Unanswered(f"the server at {url} runs without --enable-draft-training")
     if answer.status_code in (401, 403):
-        fail(f"the server at {url} wants its key; give --api-key or set SGLANG_API_KEY")
+        raise Unanswered(f"the server at {url} wants its key; give --api-key or set SGLANG_API_KEY")
     if answer.is_error and answer.status_code != 422:
-        fail(f"{url}{path} answered {answer.status_code}: {answer.text[:300]}")
+        raise Unanswered(f"{url}{path} answered {answer.status_code}: {answer.text[:300]}")
     return answer
+
+
+def ask(method: str, url: str, path: str, api_key: str | None, **kwargs: Any) -> httpx.Response:
+    """``request`` of a command, which ends where there is no answer."""
+    try:
+        return request(method, url, path, api_key, **kwargs)
+    except Unanswered as error:
+        fail(str(error))
 
 
 class NotCaptured(RuntimeError):
@@ -44,6 +60,7 @@ def wait_until_captured(url: str, api_key: str | None = None, limit_s: float = 3
 
     Raises:
         NotCaptured: not within ``limit_s`` seconds.
+        Unanswered: the server does not answer.
     """
     end_s = time.monotonic() + limit_s
     while any(reasons := [e["failure"] or e["closed"] for e in _status(url, api_key)["export"]]):
@@ -53,7 +70,7 @@ def wait_until_captured(url: str, api_key: str | None = None, limit_s: float = 3
 
 
 def _status(url: str, api_key: str | None) -> dict[str, Any]:
-    return ask("GET", url, "/draft/status", api_key, timeout=30).json()
+    return request("GET", url, "/draft/status", api_key, timeout=30).json()
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

@@ -15,6 +15,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from sglang_specforge.checkpoint import CheckpointError
 from sglang_specforge.contracts import control
 from sglang_specforge.settings import Run
 from sglang_specforge.supervisor import TrainerSupervisor
@@ -39,10 +40,11 @@ class ControlService:
 
     def __init__(self, run: Run, engine: Engine) -> None:
         self._run, self._engine = run, engine
+        self._versions = VersionFolder(run.run_dir)
         self._supervisor = TrainerSupervisor(run) if run.settings.trainer == "spawn" else None
         self._heartbeat = control.Heartbeat()
         self._heard_at: float | None = None
-        self._announced: asyncio.Queue[int] = asyncio.Queue()
+        self._announced: asyncio.Queue[Path] = asyncio.Queue()
         self._unreadable = 0
         self._failed_swaps: dict[int, str] = {}  # those that no rank refused; the banks keep their own
         self._swapping = asyncio.Lock()
@@ -55,10 +57,6 @@ class ControlService:
             if self._supervisor is not None:
                 tasks.create_task(self._supervisor.keep_alive())
 
-    def announce(self, version: int) -> None:
-        """Queue a version of the run's folder for staging and swapping."""
-        self._announced.put_nowait(version)
-
     async def swap_in(self, checkpoint: Path) -> int:
         """Make a checkpoint the next version and activate it; returns its number.
 
@@ -66,7 +64,7 @@ class ControlService:
             CheckpointError: it cannot be read.
             SwapRefused: it does not fit the served target or draft; the active version stays.
         """
-        version = await asyncio.to_thread(VersionFolder(self._run.run_dir).adopt, checkpoint)
+        version = await self._adopt(checkpoint)
         await self._swap(version)
         return version
 
@@ -139,7 +137,7 @@ class ControlService:
                     logger.warning("draft training: a control message cannot be read: %s", error)
                     continue
                 if isinstance(message, control.VersionReady):
-                    self.announce(message.version)
+                    self._announced.put_nowait(Path(message.path))
                 else:
                     self._heartbeat, self._heard_at = message, time.monotonic()
         finally:
@@ -148,13 +146,20 @@ class ControlService:
 
     async def _swap_announced(self) -> None:
         while True:
-            version = await self._announced.get()
+            checkpoint = await self._announced.get()
             while not self._announced.empty():
-                version = self._announced.get_nowait()  # only the newest is worth a swap
+                checkpoint = self._announced.get_nowait()  # only the newest is worth a swap
             try:
-                await self._swap(version)
-            except SwapRefused as error:
-                logger.error("draft training: version %d stays out: %s", version, error)
+                await self._swap(self._versions.number(checkpoint) or await self._adopt(checkpoint))
+            except (CheckpointError, SwapRefused) as error:
+                logger.error("draft training: %s stays out: %s", checkpoint, error)
+
+    async def _adopt(self, checkpoint: Path) -> int:
+        """Copy a checkpoint in; of the older versions, the one that is active stays besides the newest."""
+        active = (await self._ranks())[0]["bank"]["active_version"]
+        return await asyncio.to_thread(
+            self._versions.adopt, checkpoint, self._run.settings.keep_versions, [self._run.version_path(active)]
+        )
 
     async def _swap(self, version: int) -> None:
         """One swap at a time. Raises SwapRefused; the active version stays."""

@@ -33,16 +33,9 @@ class ServerProcess:
         arguments = ["--device", device, "--tp-size", tp, "--dp-size", dp, *arguments]
         self.url, self.log = f"http://127.0.0.1:{port}", log
         command = [sys.executable, "-m", "sglang.launch_server", "--host", "127.0.0.1", "--port", port, *arguments]
+        self._command, self._environment = list(map(str, command)), {**os.environ, **environment}
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as out:
-            self.process = subprocess.Popen(
-                list(map(str, command)),
-                env={**os.environ, **environment},
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                start_new_session=True,
-            )
+        self.process = self._spawn()
 
     def __enter__(self) -> "ServerProcess":
         return self
@@ -60,6 +53,12 @@ class ServerProcess:
             server.stop()
             raise
         return server
+
+    def restart(self, ready_limit_s: float = 240.0) -> None:
+        """End it and start it again at its address. Raises ServerFailed."""
+        self.stop()
+        self.process = self._spawn()
+        self.wait_until_ready(ready_limit_s)
 
     def wait_until_ready(self, limit_s: float) -> None:
         """Until it has generated a token. Raises ServerFailed."""
@@ -93,6 +92,17 @@ class ServerProcess:
             time.sleep(_POLL_S)
         self._signal_group(signal.SIGKILL)
         self.process.wait()
+
+    def _spawn(self) -> subprocess.Popen:
+        with self.log.open("ab") as out:
+            return subprocess.Popen(
+                self._command,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
 
     def _signal_group(self, number: int) -> bool:
         """Signal every process of the group; returns whether there was one."""

@@ -23,11 +23,39 @@ class SettingsError(ValueError):
     """A setting is unknown, out of bounds, or contradicts another; the message says what is accepted."""
 
 
-class DraftTrainingSettings(TrainingSettings):
-    """Training on what a live server computes. A field is the flag ``--draft-training-<name>``."""
+class OnlineSettings(TrainingSettings):
+    """Training on what live servers compute."""
+
+    max_sample_tokens: int = Field(2048, ge=8, description="Longest sample; the rest of a longer request is dropped.")
+    prefix_store_mb: int = Field(
+        512, ge=0, description="Memory of the trainer for states of prefixes that the server caches, in MiB; 0: none."
+    )
+    replay_tokens: int = Field(262_144, ge=8, description="Tokens the trainer keeps to train on again.")
+    replay_policy: Literal["newest", "reservoir"] = Field(
+        "newest", description="Which samples stay when there are too many: the newest, or a thinning share of all."
+    )
+    epochs_per_token: float = Field(4.0, gt=0, description="How often, on average, a captured token is trained on.")
+    holdout_every: int = Field(
+        20, ge=2, description="About one sequence in so many is held out for evaluation, by its content."
+    )
+    publish_every_s: float = Field(60.0, gt=0, description="Shortest time between two published versions, in seconds.")
+
+    @model_validator(mode="after")
+    def _check_together(self) -> "OnlineSettings":
+        if self.replay_tokens < self.batch_tokens:
+            raise ValueError(
+                f"replay_tokens = {self.replay_tokens} holds no batch; give at least batch_tokens = {self.batch_tokens}"
+            )
+        return self
+
+
+class DraftTrainingSettings(OnlineSettings):
+    """What one server does. A field is the flag ``--draft-training-<name>``."""
 
     trainer: Literal["spawn", "none"] = Field(
-        "spawn", description="spawn: the server starts and supervises the trainer. none: capture only."
+        "spawn",
+        description="spawn: the server starts and supervises the trainer. none: it waits for a reader of its stream, "
+        "such as python -m trainer attach.",
     )
     trainer_processes: int = Field(1, ge=1, description="Processes of the trainer; with CUDA, one on each GPU.")
     ring_mb: int = Field(256, ge=1, description="Host memory for captured states on their way to the trainer, in MiB.")
@@ -44,28 +72,7 @@ class DraftTrainingSettings(TrainingSettings):
         description="Most MiB a second to capture, on each exporting rank; above it, fewer requests are captured.",
         json_schema_extra={"flag": "draft-capture-max-mb-s"},
     )
-    max_sample_tokens: int = Field(2048, ge=8, description="Longest sample; the rest of a longer request is dropped.")
-    prefix_store_mb: int = Field(
-        512, ge=0, description="Memory of the trainer for states of prefixes that the server caches, in MiB; 0: none."
-    )
-    replay_tokens: int = Field(262_144, ge=8, description="Tokens the trainer keeps to train on again.")
-    replay_policy: Literal["newest", "reservoir"] = Field(
-        "newest", description="Which samples stay when there are too many: the newest, or a thinning share of all."
-    )
-    epochs_per_token: float = Field(4.0, gt=0, description="How often, on average, a captured token is trained on.")
-    holdout_every: int = Field(
-        20, ge=2, description="About one sequence in so many is held out for evaluation, by its content."
-    )
-    publish_every_s: float = Field(60.0, gt=0, description="Shortest time between two published versions, in seconds.")
     draft_vocab_size: int = Field(32_000, ge=8, description="Largest draft vocabulary of a draft created here.")
-
-    @model_validator(mode="after")
-    def _check_together(self) -> "DraftTrainingSettings":
-        if self.replay_tokens < self.batch_tokens:
-            raise ValueError(
-                f"replay_tokens = {self.replay_tokens} holds no batch; give at least batch_tokens = {self.batch_tokens}"
-            )
-        return self
 
 
 class Run(Job):

@@ -33,9 +33,7 @@ class VersionFolder:
         """Write the next version, delete all but the newest ``keep`` and ``spared``; returns its number."""
         version = self._claim()
         save_checkpoint(self.path(version), config, tensors)
-        for old in map(self.path, self.published()[:-keep]):
-            if old not in spared:
-                shutil.rmtree(old, ignore_errors=True)
+        self._prune(keep, spared)
         return version
 
     def best(self) -> Path | None:
@@ -50,8 +48,13 @@ class VersionFolder:
         part.symlink_to(self.path(version).name)
         os.replace(part, self.root / "best")
 
-    def adopt(self, checkpoint: Path) -> int:
-        """Copy a checkpoint from elsewhere in as the next version; returns its number.
+    def number(self, checkpoint: Path) -> int | None:
+        """Of a version in this folder; None for any other checkpoint."""
+        ours = checkpoint.parent == self.root and checkpoint.name.isdigit()
+        return int(checkpoint.name) if ours else None
+
+    def adopt(self, checkpoint: Path, keep: int, spared: Collection[Path | None] = ()) -> int:
+        """Copy a checkpoint from elsewhere in as the next version, and delete like ``publish``; returns its number.
 
         Raises:
             CheckpointError: there is none.
@@ -66,7 +69,13 @@ class VersionFolder:
                 f"draft checkpoint {checkpoint}: model.safetensors cannot be read: {error.strerror}"
             ) from error
         save_config(self.path(version), config)
+        self._prune(keep, spared)
         return version
+
+    def _prune(self, keep: int, spared: Collection[Path | None]) -> None:
+        for old in map(self.path, self.published()[:-keep]):
+            if old not in spared:
+                shutil.rmtree(old, ignore_errors=True)
 
     def _claim(self) -> int:
         """A folder of the next number, made by this call alone: trainer and server both add versions."""

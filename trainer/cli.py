@@ -1,43 +1,51 @@
-"""``python -m trainer``: for the run of a server that started it, or with ``--data`` on a stored dataset."""
+"""``python -m trainer``: for the server that started it; ``attach``: for running ones; ``--data``: on stored states."""
 
 import argparse
 import logging
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from sglang_specforge.checkpoint import CheckpointError
+from sglang_specforge.client import Unanswered
 from sglang_specforge.new_draft import RECIPES, coverage, import_draft, init_draft
-from sglang_specforge.settings import Run, SettingsError, load_settings
+from sglang_specforge.settings import OnlineSettings, Run, Settings, SettingsError, load_settings
 from sglang_specforge.settings_flags import add_settings_flags, given_settings
 from sglang_specforge.sockets import EndpointTaken
 from sglang_specforge.target import TargetError, fingerprint_target, load_target_config, resolve_target
 from sglang_specforge.training_settings import Job
 from sglang_specforge.versions import VersionFolder
+from trainer.attach import AttachSettings, CannotAttach, attach
 from trainer.learner import Learner
 from trainer.loop import Trainer
 from trainer.offline.layout import DatasetError, Manifest
 from trainer.offline.reader import StoredSamples
 from trainer.offline.source import OfflineSettings, OfflineSource, Split
-from trainer.online import OnlineSource
+from trainer.online import OnlineSource, OwnServer, Servers
 from trainer.process import process_group, stop_signal
 from trainer.resume import Checkpoints, ResumeError
 from trainer.trackers import MissingTracker, Trackers
 
 _REFUSALS = (
-    SettingsError, DatasetError, TargetError, CheckpointError, ResumeError, MissingTracker, EndpointTaken,
+    SettingsError, DatasetError, TargetError, CheckpointError, ResumeError, MissingTracker, EndpointTaken, Unanswered,
+    CannotAttach,
 )  # fmt: skip
 
 
 def main(arguments: Sequence[str]) -> None:
     """Exits with 2 where what was given cannot be used."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         run = Run.inherited()
         if run is not None and not arguments:
-            train_online(run)
+            train_for(run)
+        elif arguments[:1] == ["attach"]:
+            train_attached(*_parse_attach(arguments[1:]))
         else:
             train_offline(_parse(arguments))
     except _REFUSALS as error:
@@ -45,14 +53,28 @@ def main(arguments: Sequence[str]) -> None:
         raise SystemExit(2) from error
 
 
-def train_online(run: Run) -> None:
+def train_for(run: Run) -> None:
     """Until SIGTERM or SIGINT, or until the server is gone."""
     stopped = stop_signal()
     with process_group(run.settings) as device:
-        learner = Learner(run, device)
-        progress = Checkpoints(run).resume(learner)
-        source = OnlineSource(run, learner, progress and progress.position, _trackers(run, learner))
-        Trainer(run, learner, source, stopped, progress and progress.best_acceptance_length).run()
+        _train_online(run, run.settings, OwnServer(run), device, stopped)
+
+
+def train_attached(settings: AttachSettings, api_key: str | None) -> None:
+    """Until SIGTERM or SIGINT; servers may come and go."""
+    stopped = stop_signal()
+    with process_group(settings) as device:
+        job, servers = attach(settings, api_key)
+        _train_online(job, settings, servers, device, stopped)
+
+
+def _train_online(
+    job: Job, settings: OnlineSettings, servers: Servers, device: torch.device, stopped: Callable[[], bool]
+) -> None:
+    learner = Learner(job, device)
+    progress = Checkpoints(job).resume(learner)
+    source = OnlineSource(job, settings, learner, servers, progress and progress.position, _trackers(job, learner))
+    Trainer(job, learner, source, stopped, progress and progress.best_acceptance_length).run()
 
 
 def train_offline(settings: OfflineSettings) -> None:
@@ -111,10 +133,33 @@ def _trackers(job: Job, learner: Learner) -> Trackers | None:
 
 
 def _parse(arguments: Sequence[str]) -> OfflineSettings:
-    parser = argparse.ArgumentParser("python -m trainer", description=__doc__)
-    parser.add_argument(
-        "--config", type=Path, metavar="FILE", help="TOML or YAML file of the settings below; flags win."
+    parser = argparse.ArgumentParser(
+        "python -m trainer",
+        description="Train on stored states. python -m trainer attach --help: train on what running servers compute.",
     )
     add_settings_flags(parser, OfflineSettings)
+    return _settings_of(OfflineSettings, parser, arguments)[0]
+
+
+def _parse_attach(arguments: Sequence[str]) -> tuple[AttachSettings, str | None]:
+    parser = argparse.ArgumentParser(
+        "python -m trainer attach",
+        description="Train on what running servers compute, and publish versions to them. Start them with "
+        "--enable-draft-training --draft-training-trainer none. They may come and go.",
+    )
+    parser.add_argument(
+        "--api-key", default=os.environ.get("SGLANG_API_KEY"), help="The servers' --api-key (default: $SGLANG_API_KEY)."
+    )
+    add_settings_flags(parser, AttachSettings)
+    settings, args = _settings_of(AttachSettings, parser, arguments)
+    return settings, args.api_key
+
+
+def _settings_of(
+    model: type[Settings], parser: argparse.ArgumentParser, arguments: Sequence[str]
+) -> tuple[Settings, argparse.Namespace]:
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="TOML or YAML file of the other settings; flags win."
+    )
     args = parser.parse_args(arguments)
-    return load_settings(OfflineSettings, given_settings(args, OfflineSettings), args.config)
+    return load_settings(model, given_settings(args, model), args.config), args

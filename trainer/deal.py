@@ -1,21 +1,29 @@
 """Dealing a step's samples to processes by token count, so that none waits long for the others."""
 
 import heapq
+from collections.abc import Sequence
 
 
-def deal(lengths: list[int], ranks: int, pass_tokens: int | None = None) -> list[list[list[int]]]:
+def deal(
+    lengths: list[int], ranks: int, pass_tokens: int | None = None, dealt: Sequence[int] | None = None
+) -> list[list[list[int]]]:
     """For each rank, its passes; for each pass, indices into ``lengths``.
 
-    The longest sample goes first, always to the rank with the fewest tokens; a rank's samples are then cut into passes
-    of at most ``pass_tokens`` tokens (or one sample that is longer). Every rank gets the same number of passes, as
-    their collectives have to meet, so the last ones may be empty. The same input gives the same deal everywhere.
+    The longest sample goes first, always to the hand with the fewest tokens; a hand is then cut into passes of at most
+    ``pass_tokens`` tokens (or one sample that is longer). Every rank gets the same number of passes, as their
+    collectives have to meet, so the last ones may be empty. With ``dealt``, the tokens of each rank so far, the rank
+    with the fewest gets the largest hand, so that shares even out. The same input gives the same deal everywhere.
     """
-    loads = [(0, rank) for rank in range(ranks)]
     hands: list[list[int]] = [[] for _ in range(ranks)]
+    loads = [(0, hand) for hand in range(ranks)]
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        tokens, rank = heapq.heappop(loads)
-        hands[rank].append(index)
-        heapq.heappush(loads, (tokens + lengths[index], rank))
+        tokens, hand = heapq.heappop(loads)
+        hands[hand].append(index)
+        heapq.heappush(loads, (tokens + lengths[index], hand))
+    if dealt is not None:
+        largest_first = [hands[hand] for _, hand in sorted(loads, reverse=True)]
+        emptiest_first = sorted(range(ranks), key=lambda rank: (dealt[rank], rank))
+        hands = [hand for _, hand in sorted(zip(emptiest_first, largest_first, strict=True))]
     passes = [_cut(sorted(hand), lengths, pass_tokens) for hand in hands]
     most = max(map(len, passes))
     return [own + [[]] * (most - len(own)) for own in passes]

@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 # What does not fit stays with the exporter, whose ring is bounded in bytes; here only messages are counted.
 _QUEUED_MESSAGES = 64
 _MOST_STREAMS = 4096  # lives of exporters
+_MOST_AT_ONCE = 1024  # messages, before the caller gets to do something else
 
 
 class Inbox:
@@ -48,12 +49,14 @@ class Inbox:
         self._socket.bind(endpoint)
 
     def receive(self, wait_s: float) -> list[Sample]:
-        """Samples completed by everything that has arrived; waits up to ``wait_s`` for a first message."""
+        """Samples completed by what has arrived (if it never ends, by a part of it); waits up to ``wait_s`` for a first
+        message."""
         samples = []
-        timeout_ms = int(1000 * wait_s)
-        while self._socket.poll(timeout_ms):
+        wait_for_any([self], wait_s)
+        for _ in range(_MOST_AT_ONCE):
+            if not self._socket.poll(0):
+                break
             samples += self.take(self._receive_frames())
-            timeout_ms = 0
         return samples
 
     def close(self) -> None:
@@ -89,3 +92,11 @@ class Inbox:
             raise WireError(f"its tokens of stream {message.stream} have come before")
         self._ledger.drop("lost_in_transit", lost)
         self._ledger.streams[message.stream] = message.sent_before + message.tokens
+
+
+def wait_for_any(inboxes: Sequence[Inbox], wait_s: float) -> None:
+    """Until one has a message, for up to ``wait_s``."""
+    poller = zmq.Poller()
+    for inbox in inboxes:
+        poller.register(inbox._socket, zmq.POLLIN)
+    poller.poll(int(1000 * wait_s))

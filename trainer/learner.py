@@ -35,7 +35,11 @@ class Trained:
     loss: float
     grad_norm: float
     accuracy_K: list[float]  # of each step, the share of rows whose top choice is the target's
-    tokens: int
+    tokens_by_rank: list[int]
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.tokens_by_rank)
 
 
 class Learner:
@@ -69,7 +73,10 @@ class Learner:
         settings = self._settings
         samples = [sample for samples in passes for sample in samples]
         rows = count_rows(samples, settings.ttt_steps, settings.loss_on == "generated")
-        *rows_K, tokens = self._summed([*rows, sum(map(len, samples))])
+        own_tokens = [0] * dist.get_world_size()
+        own_tokens[dist.get_rank()] = sum(map(len, samples))
+        counts = list(map(int, self._summed([*rows, *own_tokens])))
+        rows_K, tokens_by_rank = counts[: settings.ttt_steps], counts[settings.ttt_steps :]
         goal = Goal.of(settings, rows_K, self.acceptance_K)
         set_learning_rates(self.optimizers, settings, self.step)
         loss, correct_K = 0.0, [0.0] * settings.ttt_steps
@@ -90,7 +97,7 @@ class Learner:
         loss, *sums = self._summed([loss, *correct_K, *rates_K])
         shares = [s / max(1, rows) for s, rows in zip(sums, 2 * rows_K, strict=True)]
         accuracy_K, self.acceptance_K = shares[: settings.ttt_steps], shares[settings.ttt_steps :]
-        return Trained(self.step, loss, norm.item(), accuracy_K, int(tokens))
+        return Trained(self.step, loss, norm.item(), accuracy_K, tokens_by_rank)
 
     def simulate(self, passes: list[list[Sample]]) -> dict[str, Simulated]:
         """Greedy acceptance of the server's speculation, by slice, on this process's samples and all others'.

@@ -1,27 +1,27 @@
-"""Training on what a live server computes: samples from its stream, versions and heartbeats back to it."""
+"""Training on what live servers compute: samples from their streams, versions and heartbeats back to them."""
 
 import logging
 import os
 import time
+from typing import Protocol
 
+import msgspec
 import torch.distributed as dist
-import zmq
 
 from sglang_specforge.contracts import control
-from sglang_specforge.contracts.frames import Expected
-from sglang_specforge.settings import SERVER_PID_VARIABLE, Run
-from sglang_specforge.sockets import is_alive
+from sglang_specforge.settings import SERVER_PID_VARIABLE, OnlineSettings, Run
+from sglang_specforge.sockets import EndpointTaken, is_alive
+from sglang_specforge.training_settings import Job
 from sglang_specforge.versions import VersionFolder
-from trainer.assemble import Assembler
 from trainer.evaluate import Simulated
-from trainer.inbox import Inbox
+from trainer.feed import Feed
+from trainer.inbox import wait_for_any
 from trainer.learner import Learner, Trained
-from trainer.parity import ParityCheck
 from trainer.prefix_store import PrefixStore
 from trainer.replay import ReplayBuffer
 from trainer.resume import OnlinePosition, Position
 from trainer.sample import Sample
-from trainer.share import share_out
+from trainer.share import Dealer
 from trainer.trackers import Trackers
 
 logger = logging.getLogger(__name__)
@@ -29,32 +29,62 @@ logger = logging.getLogger(__name__)
 _WAIT_S = 0.2
 _HEARTBEAT_EVERY_S = 1.0
 _EVALUATED_SAMPLES = 16
-_LEAST_FRAME_MB = 64  # a header holds the tokens of cached prefixes, whatever the ring
+_REMEMBERED_STREAMS = 256
+
+
+class Servers(Protocol):
+    """Whose streams are trained on."""
+
+    def runs(self) -> list[Run]:
+        """Of each server the newest life that is known; the first process asks, about once a second."""
+
+    def are_gone(self) -> bool:
+        """For good. Every process asks."""
+
+
+class OwnServer:
+    """The one that started this trainer."""
+
+    def __init__(self, run: Run) -> None:
+        self._run, self._parent_pid = run, os.getppid()
+
+    def runs(self) -> list[Run]:
+        return [self._run]
+
+    def are_gone(self) -> bool:
+        """The server, or what launched this process for it."""
+        return os.getppid() != self._parent_pid or not is_alive(int(os.environ[SERVER_PID_VARIABLE]))
 
 
 class OnlineSource:
-    """The first process holds the stream and the buffer, and deals each step's samples to the others."""
+    """The first process holds the streams and the buffer, and deals each step's samples to the others.
 
-    def __init__(self, run: Run, learner: Learner, position: Position | None, trackers: Trackers | None) -> None:
-        self._run, self._settings, self._trackers = run, run.settings, trackers
-        self._resumed_from_step = learner.step
+    Raises:
+        EndpointTaken: another trainer reads the stream of a server that is there at the start.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        settings: OnlineSettings,
+        learner: Learner,
+        servers: Servers,
+        position: Position | None,
+        trackers: Trackers | None,
+    ) -> None:
+        self._job, self._settings, self._servers, self._trackers = job, settings, servers, trackers
+        self._target, self._resumed_from_step = learner.target, learner.step
         self._last: Trained | None = None
         self._held_out_acceptance_length: float | None = None
         self._published_s = self._beat_s = time.monotonic()
-        self._parent_pid = os.getppid()
+        self._feeds: dict[str, Feed] = {}  # by the endpoint of the stream
+        self._known = {p.spans_endpoint: p for p in position.streams} if isinstance(position, OnlinePosition) else {}
+        self._taken: set[str] = set()
+        self._dealer = Dealer()
         self._first = dist.get_rank() == 0
-        if self._first:
-            self._open(learner, position)
-
-    def _open(self, learner: Learner, position: Position | None) -> None:
-        settings = self._settings
-        same = isinstance(position, OnlinePosition) and position.spans_endpoint == self._run.spans_endpoint
-        self._ledger = position.ledger if same else control.TokenLedger()
-        self._ledger.drop("trainer_restarted", self._ledger.buffered)
-        parity = position.parity if same else control.Parity()
-        self._parity = ParityCheck(self._run, learner.target, parity)
+        if not self._first:
+            return
         self._replay = ReplayBuffer(
-            self._ledger,
             settings.replay_tokens,
             settings.holdout_every,
             settings.seed,
@@ -62,46 +92,37 @@ class OnlineSource:
             settings.replay_policy,
             settings.slice_weights,
         )
-        self._prefixes = PrefixStore(self._run.target_fingerprint, settings.prefix_store_mb << 20)
-        self._assembler = Assembler(
-            self._ledger, settings.max_sample_tokens, self._prefixes, max_open_tokens=settings.replay_tokens
-        )
-        vocab_size, hidden_size = learner.target.embed_VH.shape
-        expected = Expected(hidden_size, vocab_size, self._run.served_dtype)
-        max_frame_bytes = max(settings.ring_mb, _LEAST_FRAME_MB) << 20
-        self._inbox = Inbox(self._run.spans_endpoint, self._assembler, self._ledger, expected, max_frame_bytes)
-        self._outbox = zmq.Context.instance().socket(zmq.PUSH)
-        self._outbox.connect(self._run.control_endpoint)
+        self._prefixes = PrefixStore(job.target_fingerprint, settings.prefix_store_mb << 20)
+        for run in servers.runs():
+            self._open(run)
 
     def draw(self) -> list[list[Sample]] | None:
         """Waits a moment where there is not enough for a step."""
         batch: list[Sample] | None = None
         if self._first:
             can_train = self._replay.can_fill(self._settings.batch_tokens)
-            for sample in self._inbox.receive(0 if can_train else _WAIT_S):
-                if self._replay.add(sample):
-                    self._parity.compare(sample)
-            self._assembler.expire()
+            wait_for_any([feed.inbox for feed in self._feeds.values()], 0 if can_train else _WAIT_S)
+            for feed in self._feeds.values():
+                feed.pass_on(self._replay)
             if can_train:
                 batch = self._replay.draw(self._settings.batch_tokens)
-        return share_out(batch, self._settings.micro_batch_tokens)
+        return self._dealer.share_out(batch, self._settings.micro_batch_tokens)
 
     def held_out(self) -> list[list[Sample]]:
         newest = self._replay.held_out[-_EVALUATED_SAMPLES:] if self._first else None
-        return share_out(newest, pass_tokens=1) or []
+        return Dealer().share_out(newest, pass_tokens=1) or []
 
     def is_finished(self) -> bool:
-        """The server is gone, or what launched this process for it."""
-        return os.getppid() != self._parent_pid or not is_alive(int(os.environ[SERVER_PID_VARIABLE]))
+        return self._servers.are_gone()
 
     def wants_version(self, step: int) -> bool:
         return time.monotonic() - self._published_s >= self._settings.publish_every_s
 
     def position(self) -> Position:
-        if not self._first:
-            return OnlinePosition(spans_endpoint="", ledger=control.TokenLedger(), parity=control.Parity())
-        self._account()
-        return OnlinePosition(spans_endpoint=self._run.spans_endpoint, ledger=self._ledger, parity=self._parity.parity)
+        """The accounts of all streams so far, as a server may only be out of reach for a while."""
+        if self._first:
+            self._known |= {endpoint: feed.position(self._replay) for endpoint, feed in self._feeds.items()}
+        return OnlinePosition(streams=list(self._known.values())[-_REMEMBERED_STREAMS:])
 
     def trained(self, result: Trained) -> None:
         self._last = result
@@ -110,43 +131,64 @@ class OnlineSource:
     def published(self, version: int, step: int, simulated: Simulated, slices: dict[str, Simulated]) -> None:
         self._held_out_acceptance_length = simulated.length
         self._trackers.log_version(version, step, simulated, slices)
-        self._send(control.VersionReady(version=version, step=step))
+        for feed in self._feeds.values():
+            feed.send(self._version_ready(version))
         self._published_s = time.monotonic()
 
     def beat(self, learning: bool) -> None:
-        """Tell the server, about once a second, what the trainer is doing."""
+        """About once a second, look for servers that came or started anew, and tell all what the trainer is doing."""
         if time.monotonic() - self._beat_s < _HEARTBEAT_EVERY_S:
             return
         self._beat_s = time.monotonic()
-        self._account()
-        self._send(
-            control.Heartbeat(
-                pid=os.getpid(),
-                state="training" if learning else "waiting",
-                step=self._last.step if self._last else self._resumed_from_step,
-                version=VersionFolder(self._run.run_dir).newest() or 0,
-                loss=self._last.loss if self._last else None,
-                held_out_acceptance_length=self._held_out_acceptance_length,
-                ledger=self._ledger,
-                parity=self._parity.parity,
-                prefixes=self._prefixes.counts,
-                staleness=self._replay.staleness,
-                malformed_messages=self._inbox.malformed,
-                resumed_from_step=self._resumed_from_step,
-            )
+        self._follow_servers()
+        beat = control.Heartbeat(
+            pid=os.getpid(),
+            state="training" if learning else "waiting",
+            step=self._last.step if self._last else self._resumed_from_step,
+            version=self._versions.newest() or 0,
+            loss=self._last.loss if self._last else None,
+            held_out_acceptance_length=self._held_out_acceptance_length,
+            prefixes=self._prefixes.counts,
+            staleness=self._replay.staleness,
+            resumed_from_step=self._resumed_from_step,
         )
+        for feed in self._feeds.values():
+            own = feed.position(self._replay)
+            malformed = feed.inbox.malformed
+            feed.send(msgspec.structs.replace(beat, ledger=own.ledger, parity=own.parity, malformed_messages=malformed))
 
     def close(self) -> None:
         if self._first:
-            self._inbox.close()
-            self._outbox.close(linger=0)
+            for feed in self._feeds.values():
+                feed.close()
             self._trackers.close()
 
-    def _account(self) -> None:
-        self._ledger.buffered = self._assembler.open_tokens + self._replay.fresh_tokens
+    @property
+    def _versions(self) -> VersionFolder:
+        return VersionFolder(self._job.run_dir)
 
-    def _send(self, message: control.ControlMessage) -> None:
-        try:
-            self._outbox.send(control.encode(message), zmq.NOBLOCK)
-        except zmq.Again:
-            logger.warning("draft training: the server takes no messages; this one is left out")
+    def _follow_servers(self) -> None:
+        runs = {run.spans_endpoint: run for run in self._servers.runs()}
+        for endpoint in self._feeds.keys() - runs.keys():  # an earlier life of a server
+            feed = self._feeds.pop(endpoint)
+            self._known[endpoint] = feed.position(self._replay)
+            feed.close()
+        for endpoint in runs.keys() - self._feeds.keys():
+            try:
+                self._open(runs[endpoint])
+            except EndpointTaken as error:
+                if endpoint not in self._taken:
+                    logger.error("draft training: a server is not trained on, and tried again: %s", error)
+                self._taken.add(endpoint)
+
+    def _open(self, run: Run) -> None:
+        """Read the server's stream; one that has drafts of its own gets the newest that was published here."""
+        feed = Feed(run, self._settings, self._target, self._prefixes, self._known.values())
+        logger.info("draft training: reads %s", run.spans_endpoint)
+        self._feeds[run.spans_endpoint] = feed
+        newest = self._versions.newest()
+        if run.run_dir != self._job.run_dir and newest is not None:
+            feed.send(self._version_ready(newest))
+
+    def _version_ready(self, version: int) -> control.VersionReady:
+        return control.VersionReady(path=str(self._versions.path(version)))

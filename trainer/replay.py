@@ -18,6 +18,7 @@ Policy = Literal["newest", "reservoir"]
 class _Kept(NamedTuple):
     sample: Sample
     came_s: float
+    ledger: TokenLedger  # of the stream that it came by
 
 
 class ReplayBuffer:
@@ -31,7 +32,6 @@ class ReplayBuffer:
 
     def __init__(
         self,
-        ledger: TokenLedger,
         capacity_tokens: int,
         holdout_every: int,
         seed: int,
@@ -40,7 +40,7 @@ class ReplayBuffer:
         slice_weights: Mapping[str, float] | None = None,
     ) -> None:
         self._weights = slice_weights or {}
-        self._ledger, self._capacity_tokens, self._holdout_every = ledger, capacity_tokens, holdout_every
+        self._capacity_tokens, self._holdout_every = capacity_tokens, holdout_every
         self._epochs, self._credit_tokens, self._policy = epochs, 0.0, policy
         self._held_out: OrderedDict[bytes, Sample] = OrderedDict()
         self._fresh: OrderedDict[bytes, _Kept] = OrderedDict()
@@ -57,25 +57,26 @@ class ReplayBuffer:
         """Oldest first."""
         return list(self._held_out.values())
 
-    @property
-    def fresh_tokens(self) -> int:
-        return sum(kept.sample.captured for kept in self._fresh.values())
+    def fresh_tokens(self, ledger: TokenLedger) -> int:
+        """Captured tokens that came with ``ledger`` and wait for their first step."""
+        return sum(kept.sample.captured for kept in self._fresh.values() if kept.ledger is ledger)
 
     def can_fill(self, batch_tokens: int) -> bool:
         """There are samples for a whole batch, and passes over them left."""
         return min(self._tokens, self._credit_tokens) >= batch_tokens
 
-    def add(self, sample: Sample) -> bool:
-        """Take in a sample; returns whether it is held out."""
+    def add(self, sample: Sample, ledger: TokenLedger) -> bool:
+        """Take in a sample, whose tokens ``ledger`` accounts for; returns whether it is held out."""
         key = _key(sample)
         if int.from_bytes(key[:4], "little") % self._holdout_every == 0:
             self._hold_out(key, sample)
+            ledger.held_out += sample.captured
             return True
         self._credit_tokens += self._epochs * len(sample)
         if key in self._fresh or key in self._trained:
-            self._ledger.drop("duplicate", sample.captured)
+            ledger.drop("duplicate", sample.captured)
         else:
-            self._fresh[key] = _Kept(sample, time.monotonic())
+            self._fresh[key] = _Kept(sample, time.monotonic(), ledger)
             self._tokens += len(sample)
             while self._tokens > self._capacity_tokens and len(self) > 1:
                 self._forget()
@@ -97,7 +98,7 @@ class ReplayBuffer:
             if self._fresh:
                 key, _ = self._fresh.popitem(last=False)
                 self._trained[key] = kept
-                self._ledger.trained += kept.sample.captured
+                kept.ledger.trained += kept.sample.captured
             else:
                 pool.pop()
         self._look_at_age(batch)
@@ -112,12 +113,11 @@ class ReplayBuffer:
         self._held_out[key] = sample
         if len(self._held_out) > _HELD_OUT_SAMPLES:
             self._held_out.popitem(last=False)
-        self._ledger.held_out += sample.captured
 
     def _forget(self) -> None:
         if not self._trained:
             _, gone = self._fresh.popitem(last=False)
-            self._ledger.drop("replay_full", gone.sample.captured)
+            gone.ledger.drop("replay_full", gone.sample.captured)
         elif self._policy == "newest":
             _, gone = self._trained.popitem(last=False)
         else:

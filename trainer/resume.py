@@ -18,12 +18,18 @@ from trainer.learner import Learner
 logger = logging.getLogger(__name__)
 
 
-class OnlinePosition(msgspec.Struct, tag="online", kw_only=True):
-    """The account of a live stream; it belongs to one life of the server, known by its endpoint."""
+class StreamPosition(msgspec.Struct, kw_only=True):
+    """The account of a live stream; it belongs to one life of its server, known by its endpoint."""
 
     spans_endpoint: str
     ledger: TokenLedger
     parity: Parity
+
+
+class OnlinePosition(msgspec.Struct, tag="online", kw_only=True):
+    """The accounts of the servers that are trained on."""
+
+    streams: list[StreamPosition]
 
 
 class OfflinePosition(msgspec.Struct, tag="offline", kw_only=True):
@@ -89,12 +95,18 @@ class Checkpoints:
         """Put the newest checkpoint into the learner.
 
         Raises:
-            ResumeError: it is of another target, or of a draft of another shape.
+            ResumeError: it is of another target, of a draft of another shape, or of another version of this program.
         """
         if not (saved := self._saved()):
             return None
         folder = saved[-1]
-        progress = msgspec.json.decode((folder / "progress.json").read_bytes(), type=Progress)
+        try:
+            progress = msgspec.json.decode((folder / "progress.json").read_bytes(), type=Progress)
+        except msgspec.ValidationError as error:
+            raise ResumeError(
+                f"checkpoint {folder} was written by another version of sglang-specforge ({error}); give another run "
+                "folder"
+            ) from error
         if progress.target_fingerprint != self._job.target_fingerprint:
             raise ResumeError(
                 f"checkpoint {folder} is of target {progress.target_fingerprint}, this run's is "

@@ -26,22 +26,42 @@ class _Plan(msgspec.Struct):
     layouts: list[tuple[str, int]]  # dtype and width of each tensor; width 0 is one number a row
 
 
-def share_out(samples: list[Sample] | None, pass_tokens: int | None) -> list[list[Sample]] | None:
-    """This process's passes of the first process's ``samples``; None where it has none. All processes call together."""
-    ranks, rank = dist.get_world_size(), dist.get_rank()
-    plan = _plan(samples, ranks, pass_tokens) if samples else None
-    if ranks > 1:
-        plan = _broadcast(plan)
-    if plan is None:
-        return None
-    if rank == 0:
-        for other in range(1, ranks):
-            for tensor in _joined(samples, plan, other):
-                dist.send(tensor, other)
-        return [[samples[i] for i in own] for own in plan.passes[0]]
-    own = [i for passes in plan.passes[rank] for i in passes]
+class Dealer:
+    """Shares out, and remembers how much each process got."""
+
+    def __init__(self) -> None:
+        self._dealt = [0] * dist.get_world_size()
+
+    def share_out(self, samples: list[Sample] | None, pass_tokens: int | None) -> list[list[Sample]] | None:
+        """This process's passes of the first process's ``samples``; None where it has none. All processes call
+        together."""
+        ranks, rank = dist.get_world_size(), dist.get_rank()
+        plan = self._plan(samples, ranks, pass_tokens) if samples else None
+        if ranks > 1:
+            plan = _broadcast(plan)
+        if plan is None:
+            return None
+        if rank == 0:
+            for other in range(1, ranks):
+                for tensor in _joined(samples, plan, other):
+                    dist.send(tensor, other)
+            return [[samples[i] for i in own] for own in plan.passes[0]]
+        return _receive(plan, plan.passes[rank])
+
+    def _plan(self, samples: list[Sample], ranks: int, pass_tokens: int | None) -> _Plan:
+        lengths = list(map(len, samples))
+        tensors = [getattr(samples[0], name) for name in _TENSORS]
+        layouts = [(str(t.dtype).removeprefix("torch."), t.shape[1] if t.ndim > 1 else 0) for t in tensors]
+        passes = deal(lengths, ranks, pass_tokens, self._dealt)
+        for rank, own in enumerate(passes):
+            self._dealt[rank] += sum(lengths[i] for indices in own for i in indices)
+        return _Plan(lengths, [s.start for s in samples], [s.slice for s in samples], passes, layouts)
+
+
+def _receive(plan: _Plan, passes: list[list[int]]) -> list[list[Sample]]:
+    own = [i for indices in passes for i in indices]
     if not own:
-        return [[] for _ in plan.passes[rank]]
+        return [[] for _ in passes]
     lengths = [plan.lengths[i] for i in own]
     columns = []
     for dtype, width in plan.layouts:
@@ -53,20 +73,17 @@ def share_out(samples: list[Sample] | None, pass_tokens: int | None) -> list[lis
         i: Sample(rid="", start=plan.starts[i], slice=plan.slices[i], **dict(zip(_TENSORS, tensors, strict=True)))
         for i, tensors in zip(own, zip(*columns, strict=True), strict=True)
     }
-    return [[received[i] for i in indices] for indices in plan.passes[rank]]
-
-
-def _plan(samples: list[Sample], ranks: int, pass_tokens: int | None) -> _Plan:
-    lengths = list(map(len, samples))
-    tensors = [getattr(samples[0], name) for name in _TENSORS]
-    layouts = [(str(t.dtype).removeprefix("torch."), t.shape[1] if t.ndim > 1 else 0) for t in tensors]
-    starts, slices = [s.start for s in samples], [s.slice for s in samples]
-    return _Plan(lengths, starts, slices, deal(lengths, ranks, pass_tokens), layouts)
+    return [[received[i] for i in indices] for indices in passes]
 
 
 def _joined(samples: list[Sample], plan: _Plan, rank: int) -> list[Tensor]:
     own = [samples[i] for passes in plan.passes[rank] for i in passes]
     return [torch.cat([getattr(s, name) for s in own]) for name in _TENSORS] if own else []
+
+
+def tell(text: str | None) -> str:
+    """What the first process says, in every process. All processes call together."""
+    return gather(text or "", str)[0]
 
 
 def gather(value: Any, kind: Any) -> list[Any]:

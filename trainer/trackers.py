@@ -28,6 +28,8 @@ class Trackers:
     def log(self, result: Trained) -> None:
         accuracy = {f"accuracy_{k}": value for k, value in enumerate(result.accuracy_K)}
         metrics = {"loss": result.loss, "grad_norm": result.grad_norm, "tokens": result.tokens, **accuracy}
+        if len(result.tokens_by_rank) > 1:
+            metrics |= {f"tokens_rank_{rank}": tokens for rank, tokens in enumerate(result.tokens_by_rank)}
         self._write(result.step, metrics)
 
     def log_version(self, version: int, step: int, simulated: Simulated, slices: dict[str, Simulated]) -> None:

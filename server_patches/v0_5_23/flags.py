@@ -41,7 +41,9 @@ def consume_flags(cls: type, args: argparse.Namespace) -> None:
     file = getattr(args, _PREFIX + "config", None)
     try:
         if getattr(args, "enable_draft_training", False):
-            _start_run(args, load_settings(DraftTrainingSettings, given, file))
+            settings = load_settings(DraftTrainingSettings, given, file)
+            # Others read where it is, from folders of their own.
+            _start_run(args, settings.model_copy(update={"run_dir": settings.run_dir.absolute()}))
         elif given or file:
             flags = ", ".join(flag_of(DraftTrainingSettings, name, _PREFIX) for name in ([*given] or ["config"]))
             raise SettingsError(f"{flags} given without --enable-draft-training; add it, or leave them out")
@@ -55,11 +57,11 @@ def _start_run(args: argparse.Namespace, settings: DraftTrainingSettings) -> Non
 
     v0_5_23.check()
     _refuse_contradictions(args)
-    folder = resolve_target(args.model_path)
+    folder = resolve_target(args.model_path).absolute()
     target = load_target_config(folder)
     dtype = _served_dtype(target, args.dtype)
     if given := args.speculative_draft_model_path:
-        draft = import_draft(resolve_target(given), folder, VersionFolder(settings.run_dir.absolute()).root / "given")
+        draft = import_draft(resolve_target(given), folder, VersionFolder(settings.run_dir).root / "given")
     else:
         draft = _own_draft(settings, folder, dtype)
     args.speculative_draft_model_path = str(draft)
@@ -81,7 +83,7 @@ def _start_run(args: argparse.Namespace, settings: DraftTrainingSettings) -> Non
 
 def _own_draft(settings: DraftTrainingSettings, target: Path, dtype: str) -> Path:
     """The newest draft of this run folder, or a random one made now."""
-    versions = VersionFolder(settings.run_dir.absolute())
+    versions = VersionFolder(settings.run_dir)
     newest = versions.newest()
     draft = versions.root / "initial" if newest is None else versions.path(newest)
     if not (draft / "config.json").exists():

@@ -18,8 +18,9 @@ from sglang_specforge.settings import Run
 def launch_with_draft_training(original: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
     """AROUND ``http_server.launch_server``: SGLang's app gets our routes and our service for its lifespan."""
     app: FastAPI = http_server.app
-    service = ControlService(Run.inherited(), _SGLangEngine())
-    app.include_router(make_router(service))
+    run = Run.inherited()
+    service = ControlService(run, _SGLangEngine())
+    app.include_router(make_router(service, run))
     inner = app.router.lifespan_context
 
     @contextlib.asynccontextmanager
@@ -31,7 +32,7 @@ def launch_with_draft_training(original: Any, server_args: Any, *args: Any, **kw
     return original(server_args, *args, **kwargs)
 
 
-def make_router(service: ControlService) -> APIRouter:
+def make_router(service: ControlService, run: Run) -> APIRouter:
     """``/draft/*``, behind SGLang's own authentication middleware like every route of its app."""
     router = APIRouter(prefix="/draft", tags=["draft training"])
 
@@ -42,6 +43,11 @@ def make_router(service: ControlService) -> APIRouter:
             return await service.status()
         except NotAttached as error:
             raise HTTPException(503, str(error)) from error
+
+    @router.get("/run")
+    async def show_run() -> Run:
+        """Target, draft, settings and endpoints: what ``python -m trainer attach`` asks for."""
+        return run
 
     @router.post("/versions")
     async def swap_in(checkpoint: NewVersion) -> dict[str, int]:

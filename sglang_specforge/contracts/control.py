@@ -65,10 +65,9 @@ class Heartbeat(msgspec.Struct, tag="heartbeat", kw_only=True):
 
 
 class VersionReady(msgspec.Struct, tag="version_ready", kw_only=True):
-    """A version lies in the run's folder of versions."""
+    """A checkpoint to serve next: a version in the server's own run folder, or one to be copied there."""
 
-    version: int
-    step: int
+    path: str
 
 
 ControlMessage = Heartbeat | VersionReady

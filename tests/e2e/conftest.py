@@ -111,14 +111,20 @@ def training_flag(name: str) -> str:
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Client]]:
-    """Starts a server in place of the one before it: two cores carry one at a time."""
+    """Starts a server in place of the one before it (two cores carry one at a time), or ``beside`` it."""
     running: dict[tuple, Client] = {}
 
-    def begin(*arguments: Any, training: dict[str, Any] | None = None, model: Path = TARGET, **ranks: int) -> Client:
-        key = (arguments, repr(training), model, tuple(ranks.items()))
+    def begin(
+        *arguments: Any,
+        training: dict[str, Any] | None = None,
+        model: Path = TARGET,
+        beside: bool = False,
+        **ranks: int,
+    ) -> Client:
+        key = (arguments, repr(training), model, beside, tuple(ranks.items()))
         if key in running:
             return running[key]
-        while running:
+        while running and not beside:
             running.popitem()[1].server.stop()
         folder = tmp_path_factory.mktemp("server")
         flags: list[Any] = []

@@ -133,10 +133,11 @@ def test_versions_grow_and_old_ones_go(tmp_path, draft):
     assert folder.newest() is None
     assert [folder.publish(config, tensors, keep=2) for _ in range(3)] == [1, 2, 3]
     assert folder.published() == [2, 3]
-    assert folder.adopt(draft) == 4
-    assert folder.newest() == 4
+    assert folder.adopt(draft, keep=2, spared=[folder.path(2)]) == 4
+    assert folder.published() == [2, 3, 4]
     with pytest.raises(CheckpointError):
-        folder.adopt(tmp_path / "nowhere")
+        folder.adopt(tmp_path / "nowhere", keep=2)
     assert folder.newest() == 4
     folder.publish(config, tensors, keep=2, spared=[folder.path(2)])
     assert folder.published() == [2, 4, 5]
+    assert (folder.number(folder.path(4)), folder.number(draft)) == (4, None)

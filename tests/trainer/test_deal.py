@@ -22,3 +22,12 @@ def test_every_sample_is_dealt_once_and_no_rank_idles(ranks, pass_tokens):
 
 def test_a_rank_without_samples_still_takes_part():
     assert deal([7], 3) == [[[0]], [[]], [[]]]
+
+
+def test_shares_even_out_over_steps():
+    dealt = [0, 0, 0]
+    for step in range(50):
+        lengths = [random.Random(step * 100 + i).randint(50, 200) for i in range(7)]
+        for rank, passes in enumerate(deal(lengths, 3, dealt=dealt)):
+            dealt[rank] += sum(lengths[i] for own in passes for i in own)
+    assert max(dealt) < 1.02 * min(dealt)

@@ -11,7 +11,7 @@ from sglang_specforge.versions import VersionFolder
 from tests.tiny import make_run, make_sample, make_target
 from trainer.learner import Learner
 from trainer.parity import ParityCheck
-from trainer.resume import Checkpoints, OfflinePosition, OnlinePosition, ResumeError
+from trainer.resume import Checkpoints, OfflinePosition, OnlinePosition, ResumeError, StreamPosition
 
 CPU = torch.device("cpu")
 POSITION = OfflinePosition(dataset="d")
@@ -62,7 +62,7 @@ def test_a_published_version_passes_the_servers_checks_and_carries_the_weights(r
 
 def test_resuming_goes_on_exactly(run):
     ledger, parity = TokenLedger(trained=5, streams={"s": 7}), Parity(compared=3, agreed=3)
-    position = OnlinePosition(spans_endpoint=run.spans_endpoint, ledger=ledger, parity=parity)
+    position = OnlinePosition(streams=[StreamPosition(spans_endpoint=run.spans_endpoint, ledger=ledger, parity=parity)])
     first = Learner(run, CPU)
     for seed in range(3):
         first.train([[make_sample(20, seed=seed)]])

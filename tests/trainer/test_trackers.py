@@ -17,7 +17,7 @@ NOTHING = Simulated.nothing(1)
 def log(settings, first, last):
     trackers = Trackers(settings, first - 1)
     for step in range(first, last + 1):
-        trackers.log(Trained(step, step / 10, 1.0, [0.5, 0.25], 64))
+        trackers.log(Trained(step, step / 10, 1.0, [0.5, 0.25], [64]))
     trackers.log_version(1, last, Simulated(10, 1, 3.0, [2.0]), {"": NOTHING, "code": Simulated(7, 1, 3.0, [2.0])})
     trackers.close()
 

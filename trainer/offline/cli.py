@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from sglang_specforge.client import DEFAULT_URL, ApiKey, NotCaptured, Url, ask, fail
+from sglang_specforge.client import DEFAULT_URL, ApiKey, NotCaptured, Unanswered, Url, ask, fail
 from sglang_specforge.contracts.frames import Expected
 from sglang_specforge.prepared import PreparedError, PreparedFile
 from sglang_specforge.sockets import EndpointTaken
@@ -55,7 +55,7 @@ def capture(
         writer = DatasetWriter(out, manifest, shard_mb << 20)
         expected = Expected(target.hidden_size, target.vocab_size, manifest.served_dtype)
         report = _run(Capture(url, api_key, status["spans_endpoint"], expected, writer, concurrency), sequences)
-    except (PreparedError, DatasetError, TargetError, EndpointTaken, NotCaptured) as error:
+    except (PreparedError, DatasetError, TargetError, EndpointTaken, NotCaptured, Unanswered) as error:
         fail(str(error))
     console.print(
         f"stored {report.stored} sequences of {report.stored_tokens:,} tokens in {out}; {report.there_already} were "

@@ -1,0 +1,80 @@
+"""One server as the trainer sees it: its stream, the account of what came by it, and the way back."""
+
+import logging
+from collections.abc import Iterable
+
+import zmq
+
+from sglang_specforge.contracts import control
+from sglang_specforge.contracts.frames import Expected
+from sglang_specforge.settings import OnlineSettings, Run
+from trainer.assemble import Assembler
+from trainer.inbox import Inbox
+from trainer.loss import FrozenTarget
+from trainer.parity import ParityCheck
+from trainer.prefix_store import PrefixStore
+from trainer.replay import ReplayBuffer
+from trainer.resume import StreamPosition
+
+logger = logging.getLogger(__name__)
+
+_LEAST_FRAME_MB = 64  # a header holds the tokens of cached prefixes, whatever the ring
+
+
+class Feed:
+    """Reads the server's stream, alone, until it is closed.
+
+    Args:
+        run: the server's; what it says of versions holds for the numbers in its stream.
+        known: accounts of earlier streams; the one of this server's life is gone on with.
+
+    Raises:
+        EndpointTaken: another trainer reads it.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        settings: OnlineSettings,
+        target: FrozenTarget,
+        prefixes: PrefixStore,
+        known: Iterable[StreamPosition] = (),
+    ) -> None:
+        self.run = run
+        position = next((p for p in known if p.spans_endpoint == run.spans_endpoint), None) or StreamPosition(
+            spans_endpoint=run.spans_endpoint, ledger=control.TokenLedger(), parity=control.Parity()
+        )
+        self.ledger = position.ledger
+        self.ledger.drop("trainer_restarted", self.ledger.buffered)
+        self._parity = ParityCheck(run, target, position.parity)
+        self._assembler = Assembler(
+            self.ledger, settings.max_sample_tokens, prefixes, max_open_tokens=settings.replay_tokens
+        )
+        vocab_size, hidden_size = target.embed_VH.shape
+        expected = Expected(hidden_size, vocab_size, run.served_dtype)
+        max_frame_bytes = max(run.settings.ring_mb, _LEAST_FRAME_MB) << 20
+        self.inbox = Inbox(run.spans_endpoint, self._assembler, self.ledger, expected, max_frame_bytes)
+        self._outbox = zmq.Context.instance().socket(zmq.PUSH)
+        self._outbox.connect(run.control_endpoint)
+
+    def pass_on(self, replay: ReplayBuffer) -> None:
+        """What has arrived, into the buffer; what is held out is compared with what the server proposed."""
+        for sample in self.inbox.receive(0):
+            if replay.add(sample, self.ledger):
+                self._parity.compare(sample)
+        self._assembler.expire()
+
+    def position(self, replay: ReplayBuffer) -> StreamPosition:
+        """The account as it is now."""
+        self.ledger.buffered = self._assembler.open_tokens + replay.fresh_tokens(self.ledger)
+        return StreamPosition(spans_endpoint=self.run.spans_endpoint, ledger=self.ledger, parity=self._parity.parity)
+
+    def send(self, message: control.ControlMessage) -> None:
+        try:
+            self._outbox.send(control.encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            logger.warning("draft training: the server takes no messages; this one is left out")
+
+    def close(self) -> None:
+        self.inbox.close()
+        self._outbox.close(linger=0)
