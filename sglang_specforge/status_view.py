@@ -23,6 +23,7 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
         ("acceptance length", f"{_number(status['acceptance']['length'])} overall"),
         ("  by version", "  ".join(f"{v}: {n['length']:.2f}" for v, n in list(by_version.items())[-8:]) or "-"),
         ("requests captured", _requests(status["export"])),
+        ("  carried by", ", ".join(sorted({_transport(export) for export in status["export"]}))),
         ("tokens captured", f"{tokens['captured']:,}"),
         ("  trained", f"{tokens['trained']:,}"),
         ("  held out", f"{tokens['held_out']:,}"),
@@ -63,6 +64,11 @@ def _requests(exports: list[dict[str, Any]]) -> str:
             *(f"now: {reason}" for reason in closed),
         ]
     )
+
+
+def _transport(export: dict[str, Any]) -> str:
+    why = export["why_not_shared"]
+    return export["transport"] + (f" ({why})" if why else "")
 
 
 def _age(staleness: dict[str, float]) -> str:

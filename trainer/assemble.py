@@ -8,6 +8,7 @@ but are no part of it. A hole (spans dropped on the server) ends a sample.
 
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -68,11 +69,24 @@ class Assembler:
         self._ended: OrderedDict[tuple[str, str], None] = OrderedDict()
         self.open_tokens = 0
 
-    def add(self, message: Message, tensors: dict[str, Tensor]) -> list[Sample]:
-        """Take in a message; returns the samples that it completes."""
+    def add(
+        self, message: Message, tensors: dict[str, Tensor], are_intact: Callable[[], bool] = lambda: True
+    ) -> list[Sample]:
+        """Take in a message; returns the samples that it completes.
+
+        ``are_intact`` is asked once the tensors have been read, where someone else may write to their memory.
+        """
         if isinstance(message, Finished):
             return self._finish(message)
-        self._add_spans(message, tensors)
+        # Copied: a row that stays must not keep the whole pass, of every request, in memory.
+        copies = [
+            {name: tensor[span.row : span.row + span.length].clone() for name, tensor in tensors.items()}
+            for span in message.spans
+        ]
+        if are_intact():
+            self._add_spans(message, copies)
+        else:
+            self._ledger.drop("overwritten", message.tokens)
         return []
 
     def expire(self) -> None:
@@ -81,14 +95,12 @@ class Assembler:
         for key in [key for key, request in self._open.items() if request.touched_s < limit_s]:
             self._ledger.drop("abandoned", self._close(key).tokens)
 
-    def _add_spans(self, message: Captured, tensors: dict[str, Tensor]) -> None:
-        for span in message.spans:
+    def _add_spans(self, message: Captured, copies: list[dict[str, Tensor]]) -> None:
+        for span, rows in zip(message.spans, copies, strict=True):
             key = (message.stream, span.rid)
             if key in self._ended:
                 self._ledger.drop("past_finish", span.length)
                 continue
-            # Copied: a row that stays must not keep the whole pass, of every request, in memory.
-            rows = {name: tensor[span.row : span.row + span.length].clone() for name, tensor in tensors.items()}
             if (request := self._open.get(key)) is None:
                 request = self._open[key] = _Open(span)
             request.add(span, message.draft_version, rows)

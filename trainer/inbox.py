@@ -2,13 +2,15 @@
 
 import logging
 from collections.abc import Sequence
+from functools import partial
 
 import zmq
 
 from sglang_specforge.contracts.control import TokenLedger
 from sglang_specforge.contracts.frames import FRAMES, Expected, WireError, decode
-from sglang_specforge.contracts.spans import Message
-from sglang_specforge.sockets import lock_endpoint
+from sglang_specforge.contracts.spans import Captured, Message, SegmentAddress
+from sglang_specforge.shared_memory import OpenSegment, SegmentRefused
+from sglang_specforge.sockets import is_alive, lock_endpoint
 from trainer.assemble import Assembler
 from trainer.sample import Sample
 
@@ -41,6 +43,9 @@ class Inbox:
     ) -> None:
         self.malformed = 0
         self._assembler, self._ledger, self._expected = assembler, ledger, expected
+        self._offers: dict[str, SegmentAddress] = {}  # by stream, the last one
+        self._segments: dict[str, OpenSegment] = {}
+        self._unshared = False
         self._lock = lock_endpoint(endpoint)
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.PULL)
@@ -55,6 +60,7 @@ class Inbox:
         wait_for_any([self], wait_s)
         for _ in range(_MOST_AT_ONCE):
             if not self._socket.poll(0):
+                self._let_go()
                 break
             samples += self.take(self._receive_frames())
         return samples
@@ -67,14 +73,44 @@ class Inbox:
     def take(self, frames: Sequence[memoryview]) -> list[Sample]:
         """Samples completed by one message; one that cannot be used is counted and left out."""
         try:
-            message, tensors = decode(frames, self._expected)
+            message, tensors = decode(frames, self._expected, self._ring_of)
             self._account(message)
         except WireError as error:
             self.malformed += 1
             if self.malformed.bit_count() == 1:  # the first, and then ever fewer: rubbish must not fill the log
                 logger.warning("draft training: %d messages left out, the last one: %s", self.malformed, error)
             return []
-        return self._assembler.add(message, tensors)
+        if not isinstance(message, Captured):
+            return self._assembler.add(message, tensors)
+        if message.shared is None:
+            self._open(message)
+            return self._assembler.add(message, tensors)
+        segment, number = self._segments[message.stream], message.shared.message
+        samples = self._assembler.add(message, tensors, partial(segment.is_intact, number))
+        segment.done_with(number)
+        return samples
+
+    def _ring_of(self, stream: str) -> memoryview | None:
+        segment = self._segments.get(stream)
+        return segment and segment.ring
+
+    def _open(self, message: Captured) -> None:
+        """The exporter's memory, where it can be opened; states are in it from then on."""
+        stream, offered = message.stream, message.offered
+        if offered is None or self._offers.get(stream) == offered:
+            return
+        self._offers[stream] = offered
+        try:
+            self._segments[stream] = OpenSegment(offered)
+        except SegmentRefused as error:
+            if not self._unshared:
+                logger.warning("draft training: states come through sockets, not through shared memory: %s", error)
+            self._unshared = True
+
+    def _let_go(self) -> None:
+        """Of memory whose exporter is gone; all that it sent has been read."""
+        for stream in [s for s, segment in self._segments.items() if not is_alive(segment.address.pid)]:
+            del self._segments[stream]
 
     def _receive_frames(self) -> list[memoryview]:
         """The next message's frames; of those that are too many, none but one is kept."""

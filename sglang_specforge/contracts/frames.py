@@ -1,10 +1,10 @@
 """A received message's frames, checked before anything is made of them: nothing the other side says is trusted.
 
-Tensors share the frames' memory, so reading a message allocates no more than its header; every number that later
-decides about memory or indexes a table (rows, positions, tokens) has bounds here.
+Tensors share the memory that they came in, so reading a message allocates no more than its header; every number that
+later decides about memory or indexes a table (rows, positions, tokens) has bounds here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sglang_specforge.contracts.spans import PROTOCOL, Captured, Message, Span, TensorLayout
+from sglang_specforge.contracts.spans import PROTOCOL, Captured, Message, Span
 
 FRAMES = 4  # of the longest message: the header and three tensors
 _MOST_POSITIONS = 1 << 27
 _LONGEST_ID = 512  # characters
+_ALIGNED_TO = 4  # bytes: of the widest states
 _STATES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
 _TENSORS = ("aux_N3H", "last_NH", "tokens_N")
 
@@ -36,8 +37,12 @@ class Expected(NamedTuple):
 _decoder = msgspec.msgpack.Decoder(Message)
 
 
-def decode(frames: Sequence[memoryview], expected: Expected | None = None) -> tuple[Message, dict[str, Tensor]]:
-    """Header and tensors of a message; the tensors share the frames' memory.
+def decode(
+    frames: Sequence[memoryview],
+    expected: Expected | None = None,
+    ring_of: Callable[[str], memoryview | None] = lambda stream: None,
+) -> tuple[Message, dict[str, Tensor]]:
+    """Header and tensors of a message; the tensors share the frames' memory, or that of the stream's ring.
 
     Raises:
         WireError: another protocol, a malformed header, frames that do not fit it, or another target's states.
@@ -54,18 +59,26 @@ def decode(frames: Sequence[memoryview], expected: Expected | None = None) -> tu
         _check(len(frames) == 1, "tensor frames of an end", len(frames) - 1)
         _check(0 <= message.total_tokens <= _MOST_POSITIONS, "tokens of a request", message.total_tokens)
         return message, {}
-    tensors = _tensors(message.tensors, frames[1:], expected)
+    if message.shared is not None:
+        _check(0 < message.shared.message < 1 << 62, "number of a message", message.shared.message)
+    if message.offered is not None:
+        _check(0 < message.offered.reader <= 1 << 62, "number of a reader", message.offered.reader)
+        _check(0 < message.offered.pid < 1 << 32, "process", message.offered.pid)
+    tensors = _tensors(message, frames[1:], expected, ring_of(message.stream))
     for span in message.spans:
         _check_span(span, tensors["tokens_N"], expected)
     _check(message.tokens <= len(tensors["tokens_N"]), "rows of all spans, more than there are", message.tokens)
     return message, tensors
 
 
-def _tensors(layouts: list[TensorLayout], frames: Sequence[memoryview], expected: Expected | None) -> dict[str, Tensor]:
-    names = tuple(layout.name for layout in layouts)
-    if names != _TENSORS or len(frames) != len(_TENSORS):
-        raise WireError(f"{len(frames)} tensor frames for {names}; expected {_TENSORS}")
-    aux, last, tokens = layouts
+def _tensors(
+    message: Captured, frames: Sequence[memoryview], expected: Expected | None, ring: memoryview | None
+) -> dict[str, Tensor]:
+    names = tuple(layout.name for layout in message.tensors)
+    offsets = message.shared.offsets if message.shared else []
+    if names != _TENSORS or len(frames) + len(offsets) != len(_TENSORS):
+        raise WireError(f"{len(frames)} tensor frames and {len(offsets)} places for {names}; expected {_TENSORS}")
+    aux, last, tokens = message.tensors
     if len(last.shape) != 2 or not 0 < last.shape[0] < 1 << 32 or not 0 < last.shape[1] < 1 << 32:
         raise WireError(f"last_NH of shape {last.shape}")
     N, H = last.shape
@@ -77,14 +90,23 @@ def _tensors(layouts: list[TensorLayout], frames: Sequence[memoryview], expected
         raise WireError(f"aux_N3H of shape {aux.shape} and tokens_N of {tokens.shape} beside last_NH of {last.shape}")
     if aux.dtype != last.dtype or last.dtype not in _STATES or tokens.dtype != "int64":
         raise WireError(f"dtypes {aux.dtype}, {last.dtype}, {tokens.dtype}; states are {', '.join(_STATES)}")
-    for layout, frame in zip(layouts, frames, strict=True):
-        dtype = _STATES.get(layout.dtype, torch.int64)
-        if frame.nbytes != dtype.itemsize * N * (layout.shape[1] if len(layout.shape) > 1 else 1):
-            raise WireError(f"tensor frames do not fit the header: {frame.nbytes} bytes for {layout}")
-    return {
-        layout.name: torch.frombuffer(frame, dtype=_STATES.get(layout.dtype, torch.int64)).view(layout.shape)
-        for layout, frame in zip(layouts, frames, strict=True)
-    }
+    dtype = _STATES[last.dtype]
+    dtypes, sizes = (dtype, dtype, torch.int64), (3 * H * N * dtype.itemsize, H * N * dtype.itemsize, 8 * N)
+    placed = [_part(ring, offset, nbytes) for offset, nbytes in zip(offsets, sizes, strict=False)]
+    tensors = {}
+    for layout, part, dtype, nbytes in zip(message.tensors, [*placed, *frames], dtypes, sizes, strict=True):
+        if part.nbytes != nbytes:
+            raise WireError(f"tensor frames do not fit the header: {part.nbytes} bytes for {layout}")
+        tensors[layout.name] = torch.frombuffer(part, dtype=dtype).view(layout.shape)
+    return tensors
+
+
+def _part(ring: memoryview | None, offset: int, nbytes: int) -> memoryview:
+    if ring is None:
+        raise WireError("states in memory that is not shared with this process")
+    if not 0 <= offset <= ring.nbytes - nbytes or offset % _ALIGNED_TO:
+        raise WireError(f"{nbytes} bytes at {offset} of a ring of {ring.nbytes}")
+    return ring[offset : offset + nbytes]
 
 
 def _check_span(span: Span, tokens_N: Tensor, expected: Expected | None) -> None:

@@ -1,6 +1,8 @@
 """Captured spans on the wire, exporter to trainer: one ZMQ multipart message a forward pass or finished request.
 
-Frame 0 is a msgpack header; the frames after it are the raw bytes of ``Captured.tensors`` in their order.
+Frame 0 is a msgpack header; the frames after it are the raw bytes of ``Captured.tensors`` in their order. A reader on
+the same host may open the exporter's memory (``Captured.offered``); then the states stay there (``Captured.shared``),
+and only what has no place in it is a frame.
 Rows of all tensors correspond: N rows, some of which belong to no span (drafts that were not accepted).
 Shapes: N rows, H hidden.
 """
@@ -9,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL = 4
+PROTOCOL = 5
 
 
 class Span(msgspec.Struct, array_like=True, frozen=True):
@@ -33,6 +35,21 @@ class TensorLayout(msgspec.Struct, array_like=True, frozen=True):
     shape: list[int]
 
 
+class SegmentAddress(msgspec.Struct, array_like=True, frozen=True):
+    """Where a reader finds an exporter's memory (``shared_memory.py``), and the number by which it takes it up."""
+
+    pid: int
+    fd: int
+    reader: int  # another one for each connection
+
+
+class Shared(msgspec.Struct, array_like=True, frozen=True):
+    """The place of a message's states in the exporter's memory."""
+
+    message: int  # numbers rise; the reader tells the newest that it is done with
+    offsets: list[int]  # of the first tensors, in bytes; the others are frames
+
+
 class Captured(msgspec.Struct, tag="captured", frozen=True):
     """The spans of one forward pass."""
 
@@ -41,6 +58,8 @@ class Captured(msgspec.Struct, tag="captured", frozen=True):
     draft_version: int  # version active when the pass ran
     spans: list[Span]
     tensors: list[TensorLayout]
+    offered: SegmentAddress | None = None
+    shared: Shared | None = None
     protocol: int = PROTOCOL
 
     @property

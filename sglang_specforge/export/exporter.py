@@ -15,13 +15,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import msgspec
-import torch
-import zmq
 
-from sglang_specforge.contracts.spans import Finished, Message, encode_header
+from sglang_specforge.contracts.spans import Finished
 from sglang_specforge.export.admission import Admission
 from sglang_specforge.export.entry import Entry
-from sglang_specforge.export.ring import HostRing, Region
+from sglang_specforge.export.link import Link
+from sglang_specforge.export.ring import HostRing
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +29,7 @@ _VERSIONS = 32  # whose acceptance is kept apart
 
 
 class Exporter:
-    """Owns the ring, the socket and the counters of one exporting rank."""
+    """Owns the ring, the link to the reader and the counters of one exporting rank."""
 
     def __init__(self, endpoint: str, ring: HostRing, admission: Admission) -> None:
         self.ring, self.admission = ring, admission
@@ -43,11 +42,10 @@ class Exporter:
         self._dropped: dict[str, int] = {}
         self._acceptance = [0, 0]  # verifications of a request, tokens they committed
         self._acceptance_by_version: dict[int, list[int]] = {}  # the newest versions
-        self._in_flight: deque[tuple[Any, Region]] = deque()  # message tracker, region it still reads
         self._unsent: deque[Finished] = deque()
         self._looked_for_ends_s = 0.0
         self._stopping = threading.Event()
-        self._endpoint = endpoint
+        self._link = Link(endpoint, ring)
         self._thread = threading.Thread(target=self._run, name="specforge-exporter", daemon=True)
 
     def start(self) -> None:
@@ -86,6 +84,7 @@ class Exporter:
             "scheduler_s": self._scheduler_s,  # taken from the scheduler thread by all these passes
             "queued_passes": self._entries.qsize(),
             "ring_used_bytes": self.ring.used_bytes,
+            **self._link.status(),
             "failure": self.failure,
             **self.admission.status(),
             "acceptance": self._acceptance,
@@ -93,29 +92,20 @@ class Exporter:
         }
 
     def _run(self) -> None:
-        context = zmq.Context()
-        socket = context.socket(zmq.PUSH)
-        socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a reader that is not there
-        socket.setsockopt(zmq.SNDHWM, 0)  # the ring bounds the bytes, as long as none are copied out of it
-        socket.copy_threshold = 0
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.connect(self._endpoint)
         try:
             while not self._stopping.is_set():
-                self._look_for_reader(socket)
+                self._look_for_reader()
                 ends = self._take_ends()
-                self._send_entries(socket)
-                self._announce(socket, ends)
-                self._release_sent()
+                self._send_entries()
+                self._announce(ends)
+                self._link.release_read()
         except Exception as error:  # the server must serve on; status and log say that capture stopped
             self.fail(error)
         finally:
-            socket.close()
-            context.term()
+            self._link.close()
 
-    def _look_for_reader(self, socket: zmq.Socket) -> None:
-        reads = bool(socket.poll(0, zmq.POLLOUT))
-        closed = "paused" if self.paused else None if reads else "nobody_listening"
+    def _look_for_reader(self) -> None:
+        closed = "paused" if self.paused else None if self._link.is_read() else "nobody_listening"
         if closed != self.admission.closed:
             logger.info("draft training: capturing %s", f"stops: {closed}" if closed else "begins")
             self.admission.closed = closed
@@ -133,16 +123,16 @@ class Exporter:
                     )
         return ends
 
-    def _send_entries(self, socket: zmq.Socket) -> None:
+    def _send_entries(self) -> None:
         """Everything queued by now; waits a moment for the first."""
         for i in range(max(1, self._entries.qsize())):
             try:
                 entry = self._entries.get(timeout=_POLL_S if i == 0 else 0)
             except queue.Empty:
                 return
-            self._send_entry(socket, entry)
+            self._send_entry(entry)
 
-    def _send_entry(self, socket: zmq.Socket, entry: Entry) -> None:
+    def _send_entry(self, entry: Entry) -> None:
         entry.wait()
         if entry.verified is not None:
             self._count_acceptance(entry.draft_version, *entry.verified.acceptance())
@@ -153,12 +143,10 @@ class Exporter:
         self._captured += message.tokens
         if not spans:
             self.ring.release(entry.region)
-        elif (tracker := self._send(socket, message, tensors)) is None:
-            self._drop("nobody_listening", message.tokens)
-            self.ring.release(entry.region)
-        else:
+        elif self._link.send_states(message, tensors, entry.region):
             self._sent += message.tokens
-            self._in_flight.append((tracker, entry.region))
+        else:
+            self._drop("nobody_listening", message.tokens)
 
     def _count_acceptance(self, version: int, passes: int, tokens: int) -> None:
         if not passes:
@@ -169,28 +157,16 @@ class Exporter:
         if len(self._acceptance_by_version) > _VERSIONS:
             del self._acceptance_by_version[min(self._acceptance_by_version)]
 
-    def _announce(self, socket: zmq.Socket, ends: list[Finished]) -> None:
+    def _announce(self, ends: list[Finished]) -> None:
         self._unsent += ends
         while self._unsent:
             # An end that finds no reader waits here: it is small, and without it a sample would stay open.
             end = msgspec.structs.replace(self._unsent[0], sent_before=self._sent)
-            if self._send(socket, end, []) is None:
+            if not self._link.send(end):
                 break
             self._unsent.popleft()
         while len(self._unsent) > 65_536:
             self._unsent.popleft()  # the trainer closes such samples by age
-
-    def _send(self, socket: zmq.Socket, message: Message, tensors: list[torch.Tensor]) -> Any:
-        """ZMQ's tracker of the message's memory, or None where nobody reads."""
-        frames = [encode_header(message), *(_memory(t) for t in tensors)]
-        try:
-            return socket.send_multipart(frames, flags=zmq.NOBLOCK, copy=False, track=True)
-        except zmq.Again:
-            return None
-
-    def _release_sent(self) -> None:
-        while self._in_flight and self._in_flight[0][0].done:
-            self.ring.release(self._in_flight.popleft()[1])
 
     def _drop(self, reason: str, tokens: int) -> None:
         if reason not in self._dropped:
@@ -200,7 +176,3 @@ class Exporter:
 
 def _drain(queue: deque[str]) -> list[str]:
     return [queue.popleft() for _ in range(len(queue))]
-
-
-def _memory(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())

@@ -1,29 +1,42 @@
 """A bounded ring of host memory: the scheduler thread fills it, the exporter thread empties it."""
 
+import logging
 from collections import deque
 
 import torch
+
+from sglang_specforge.shared_memory import SegmentRefused, SharedSegment
+
+logger = logging.getLogger(__name__)
 
 _ALIGNMENT = 64
 
 
 class Region:
-    """A contiguous piece of the ring; ``bytes`` is its uint8 tensor."""
+    """A contiguous piece of the ring, ``offset`` bytes from its beginning; ``bytes`` is its uint8 tensor."""
 
-    __slots__ = ("bytes", "end", "free")
+    __slots__ = ("bytes", "end", "free", "offset")
 
-    def __init__(self, data: torch.Tensor, end: int) -> None:
-        self.bytes, self.end, self.free = data, end, False
+    def __init__(self, data: torch.Tensor, offset: int, end: int) -> None:
+        self.bytes, self.offset, self.end, self.free = data, offset, end, False
 
 
 class HostRing:
     """Hands out regions in order and takes them back in any order; memory returns in order.
 
     One thread reserves and one releases. Each only writes its own of the two counters, so they share no lock.
+    The memory is a ``segment`` that another process can open, or the process's own where that cannot be had.
     """
 
     def __init__(self, capacity_bytes: int, pinned: bool) -> None:
-        self._memory = torch.empty(capacity_bytes, dtype=torch.uint8, pin_memory=pinned)
+        self.segment, self.unshared = None, ""  # why there is no segment
+        try:
+            self.segment = SharedSegment(capacity_bytes, pinned)
+            self._memory = self.segment.ring
+        except SegmentRefused as error:
+            self.unshared = str(error)
+            logger.warning("draft training: captured states are sent through sockets: %s", error)
+            self._memory = torch.empty(capacity_bytes, dtype=torch.uint8, pin_memory=pinned)
         self._reserved = 0  # bytes ever reserved, padding included; written by the reserving thread
         self._released = 0  # bytes ever released; written by the releasing thread
         self._regions: deque[Region] = deque()
@@ -49,7 +62,7 @@ class HostRing:
         if self.used_bytes + skipped + size > self.capacity_bytes:
             return None
         start = 0 if skipped else start
-        region = Region(self._memory[start : start + nbytes], self._reserved + skipped + size)
+        region = Region(self._memory[start : start + nbytes], start, self._reserved + skipped + size)
         self._regions.append(region)
         self._reserved = region.end
         return region

@@ -85,6 +85,7 @@ def test_two_servers_feed_one_draft_in_two_processes_each_sample_once(servers, t
     for status in statuses:
         assert_every_token_is_accounted_for(status)
         assert status["tokens"]["trained"] > 0
+        assert [export["transport"] for export in status["export"]] == ["shared_memory"]
         assert status["tokens"]["dropped"].keys() <= {"past_finish", "duplicate"}
         assert 0 < status["trainer"]["parity"]["compared"] == status["trainer"]["parity"]["agreed"]
     steps = [line for line in trainer.lines() if "loss" in line]

@@ -45,6 +45,7 @@ def run_loop(client, reference_outputs=None, acceptance=1.0):
     status = settled(client)
     assert_every_token_is_accounted_for(status)
     assert status["draft"]["refused"] == {}
+    assert {export["transport"] for export in status["export"]} == {"shared_memory"}
     return status
 
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from sglang_specforge.contracts.control import TokenLedger
 from sglang_specforge.contracts.frames import Expected, WireError, decode
-from sglang_specforge.contracts.spans import Captured, Finished, Span, TensorLayout, encode_header
+from sglang_specforge.contracts.spans import Captured, Finished, Shared, Span, TensorLayout, encode_header
+from sglang_specforge.shared_memory import SharedSegment
 from trainer.assemble import Assembler
 from trainer.inbox import Inbox
 from trainer.prefix_store import PrefixStore
@@ -24,13 +25,19 @@ NAMES = ("", "a", "b", "aux_N3H", "last_NH", "bfloat16", "float32", "nn", "x" * 
 MOST_OPEN_TOKENS, STORE_BYTES, ALLOWED_BYTES = 1 << 16, 1 << 20, 128 << 20
 
 
-def message(spans, sent_before=0, rows=6, stream="s"):
+def message(spans, sent_before=0, rows=6, stream="s", segment=None, number=0):
+    """With a segment, its offer; with a number too, one whose states are there."""
     tensors = [
         torch.randn(rows, 3 * H).bfloat16().view(torch.uint8), torch.randn(rows, H).bfloat16().view(torch.uint8),
         torch.arange(rows),
     ]  # fmt: skip
+    more = {"offered": segment.address(1)} if segment else {}
+    if number:
+        segment.ring[:384] = torch.cat([tensors.pop(0).flatten(), tensors.pop(0).flatten()])
+        more = {"shared": Shared(number, [0, 288])}
     shapes = [("aux_N3H", "bfloat16", [rows, 3 * H]), ("last_NH", "bfloat16", [rows, H]), ("tokens_N", "int64", [rows])]
-    header = encode_header(Captured(stream, sent_before, 1, spans, [TensorLayout(*shape) for shape in shapes]))
+    layouts = [TensorLayout(*shape) for shape in shapes]
+    header = encode_header(Captured(stream, sent_before, 1, spans, layouts, **more))
     return [header, *(tensor.numpy().tobytes() for tensor in tensors)]
 
 
@@ -38,7 +45,12 @@ class Exporter:
     """Makes messages as a server would: requests begin, go on, and end or are cut short."""
 
     def __init__(self):
-        self.begun = 0
+        self.begun = self.sent = 0
+        self.segment = SharedSegment(1 << 12, pinned=False)
+
+    def way_of_states(self, rng):
+        self.sent += 1
+        return {"segment": self.segment, "number": self.sent if rng.random() < 0.5 else 0}
 
     def next_message(self, rng, sent_before):
         rid, end = str(self.begun), rng.choice((4, 6, 9))
@@ -47,10 +59,10 @@ class Exporter:
             self.begun += 1
             prefix = np.arange(3, dtype=np.int32).tobytes()
             spans = [Span(str(self.begun), 0, 4, 0, 4, 0), Span(f"{rid}b", 3, 2, 4, 5, 3, prefix=prefix, slice="code")]
-            return message(spans, sent_before)
+            return message(spans, sent_before, **self.way_of_states(rng))
         if way <= 2:
             spans = [Span(rid, rng.choice((4, 6)), 2, 0, 4, 0, 7, 9), Span(f"{rid}b", 5, 1, 3, 5, 3, 1, -1)]
-            return message(spans, sent_before)
+            return message(spans, sent_before, **self.way_of_states(rng))
         cut_short = rng.random() < 0.2
         return [encode_header(Finished("s", sent_before, rng.choice((rid, f"{rid}b")), end, False, cut_short))]
 
@@ -137,6 +149,7 @@ def test_mutated_frames_are_counted_and_cost_no_memory(folder, batches):
     assert taken >= batches * BATCH
     assert read + inbox.malformed == taken
     assert samples > 0.01 * taken
+    assert exporter.segment.read > 0  # states of some messages were read from shared memory
     assert inbox.malformed > 0.3 * taken
     assert grown < ALLOWED_BYTES, f"{grown >> 20} MiB"
 

@@ -1,0 +1,122 @@
+"""The exporter thread's end of the stream: whoever reads it, through shared memory where both can, else through ZMQ.
+
+States lie in the ring. A reader that has opened the ring's segment is told where, and tells when it is done; any other
+gets them as frames, whose memory ZMQ gives back. A region is the ring's again when its reader is done or gone.
+"""
+
+import random
+from collections import deque
+from typing import Any, NamedTuple
+
+import msgspec
+import torch
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from sglang_specforge.contracts.spans import Captured, Message, Shared, encode_header
+from sglang_specforge.export.ring import HostRing, Region
+
+
+class _InFlight(NamedTuple):
+    region: Region
+    tracker: Any  # ZMQ's, of frames
+    message: int  # its number in shared memory, or 0
+
+
+class Link:
+    """Used by one thread. Sends nothing while nobody reads, and never waits."""
+
+    def __init__(self, endpoint: str, ring: HostRing) -> None:
+        self._ring, self._segment = ring, ring.segment
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.PUSH)
+        self._socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a reader that is not there
+        self._socket.setsockopt(zmq.SNDHWM, 0)  # the ring bounds the bytes, as long as none are copied out of it
+        self._socket.copy_threshold = 0
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._events = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        self._socket.connect(endpoint)
+        self._in_flight: deque[_InFlight] = deque()
+        self._message = 0  # the last one in shared memory
+        self._reader = _new_reader()
+
+    def is_read(self) -> bool:
+        self._look_for_partings()
+        return bool(self._socket.poll(0, zmq.POLLOUT))
+
+    def send(self, message: Message) -> bool:
+        """Whether somebody reads it."""
+        return self._send([encode_header(message)]) is not None
+
+    def send_states(self, message: Captured, tensors: list[torch.Tensor], region: Region) -> bool:
+        """Send a message whose first ``tensors`` lie in ``region``, end to end, and the last one elsewhere.
+
+        Whether somebody reads it; if so, the region is released when the reader is done, otherwise now.
+        """
+        self._look_for_partings()
+        number, frames = 0, tensors
+        if self._is_shared():
+            number, frames = self._message + 1, tensors[-1:]
+            offsets = [region.offset]
+            for tensor in tensors[:-2]:
+                offsets.append(offsets[-1] + tensor.nbytes)
+            message = msgspec.structs.replace(message, shared=Shared(number, offsets))
+        elif self._segment is not None:
+            message = msgspec.structs.replace(message, offered=self._segment.address(self._reader))
+        tracker = self._send([encode_header(message), *map(_memory, frames)])
+        if tracker is None:
+            self._ring.release(region)
+            return False
+        self._message = number or self._message
+        self._in_flight.append(_InFlight(region, tracker, number))
+        return True
+
+    def release_read(self) -> None:
+        """Give back the memory of what has been read."""
+        while self._in_flight and self._is_done(self._in_flight[0]):
+            self._ring.release(self._in_flight.popleft().region)
+
+    def status(self) -> dict[str, Any]:
+        return {
+            "transport": "shared_memory" if self._is_shared() else "zmq",
+            "why_not_shared": self._ring.unshared or None,
+        }
+
+    def close(self) -> None:
+        self._socket.disable_monitor()
+        self._socket.close()
+        self._context.term()
+
+    def _is_shared(self) -> bool:
+        return self._segment is not None and self._segment.is_read_by(self._reader)
+
+    def _is_done(self, sent: _InFlight) -> bool:
+        return sent.message <= self._segment.read if sent.message else sent.tracker.done
+
+    def _look_for_partings(self) -> None:
+        """What a reader that is gone had not read is nobody's. One that comes is told the segment anew, so that none
+        can speak for another."""
+        while self._events.poll(0):
+            recv_monitor_message(self._events)
+            if self._segment is None:
+                continue
+            self._segment.reclaim(self._message)
+            self._reader = _new_reader()
+            for sent in [s for s in self._in_flight if s.message]:
+                self._in_flight.remove(sent)
+                self._ring.release(sent.region)
+
+    def _send(self, frames: list[Any]) -> Any:
+        """ZMQ's tracker of the frames' memory, or None where nobody reads."""
+        try:
+            return self._socket.send_multipart(frames, flags=zmq.NOBLOCK, copy=False, track=True)
+        except zmq.Again:
+            return None
+
+
+def _new_reader() -> int:
+    return random.getrandbits(62) + 1
+
+
+def _memory(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
