@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 
@@ -186,3 +187,23 @@ def test_ends_are_told_once_and_nothing_is_remembered(clock):
     assert {a.request.rid for a in made.take_ended()} == {"aborted", "done"}
     assert made.take_ended() == []
     assert list(made._requests) == ["running"]
+
+
+def test_a_reader_that_comes_in_the_middle_of_a_pass_changes_the_next_one(clock):
+    class ClosedWhenFirstAsked(Admission):
+        """Of the reasons, the next one each time that it is asked for; then it is open."""
+
+        reasons: ClassVar[list[str]] = []
+        closed = property(lambda self: self.reasons.pop() if self.reasons else None, lambda self, value: None)
+
+    made = ClosedWhenFirstAsked(HostRing(1 << 20, pinned=False), lambda request: request, seed=0, clock=clock)
+    (request,) = numbered(1)
+    assert pick(made, [request], [100]) == [True]
+    made.reasons.append("nobody_listening")
+    assert pick(made, [request], [100]) == [False]
+    assert made.status()["requests"]["left_out"] == {"nobody_listening": 1}
+    assert list(made.cut) == ["0"]
+    made.reasons.append("nobody_listening")
+    late = Request("late")
+    assert pick(made, [late], [100]) == [False]
+    assert made.status()["requests"]["left_out"] == {"nobody_listening": 2}
