@@ -4,7 +4,7 @@ States lie in the ring. A reader that has opened the ring's segment is told wher
 gets them as frames, whose memory ZMQ gives back. A region is the ring's again when its reader is done or gone.
 """
 
-import random
+import secrets
 from collections import deque
 from typing import Any, NamedTuple
 
@@ -115,7 +115,7 @@ class Link:
 
 
 def _new_reader() -> int:
-    return random.getrandbits(62) + 1
+    return secrets.randbits(62) + 1  # not from a generator that the server seeds, again and again with the same number
 
 
 def _memory(tensor: torch.Tensor) -> memoryview:

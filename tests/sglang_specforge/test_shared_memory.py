@@ -2,6 +2,7 @@
 
 import errno
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -34,7 +35,16 @@ time.sleep(600)
 @pytest.fixture
 def reading(endpoint):  # noqa: F811
     exporter, copier = exporting(endpoint, 1 << 14)
-    yield exporter, copier, lambda: read(endpoint)
+    inboxes = []
+
+    def attach():
+        inbox, ledger = read(endpoint)
+        inboxes.append(inbox)
+        return inbox, ledger
+
+    yield exporter, copier, attach
+    for inbox in inboxes:
+        inbox.close()
     exporter.stop()
 
 
@@ -72,12 +82,12 @@ def test_states_are_read_where_they_lie_bit_by_bit(reading):
         assert torch.equal(sample.last_TH, states["last_NH"])
     assert ways == {"shared_memory"}
     wait_for(lambda: exporter.ring.used_bytes == 0)
-    inbox.close()
 
 
 def test_the_next_reader_takes_up_the_memory_that_the_last_one_left_unread(reading):
     exporter, copier, attach = reading
     for life in range(3):
+        random.seed(0)  # as SGLang does
         inbox, ledger = attach()
         serve(exporter, copier, f"{life}-a")
         receive(inbox)
@@ -116,7 +126,6 @@ def test_what_was_overwritten_before_it_was_read_is_counted_and_not_used(reading
     exporter.ring.segment.reclaim(1 << 40)
     wait_for(lambda: inbox.receive(0.01) or ledger.dropped)
     assert ledger.dropped == {"overwritten": 5}
-    inbox.close()
 
 
 def test_without_memory_to_share_states_are_sent_and_the_status_says_why(endpoint, monkeypatch):  # noqa: F811
