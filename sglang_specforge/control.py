@@ -151,7 +151,7 @@ class ControlService:
                 checkpoint = self._announced.get_nowait()  # only the newest is worth a swap
             try:
                 await self._swap(self._versions.number(checkpoint) or await self._adopt(checkpoint))
-            except (CheckpointError, SwapRefused) as error:
+            except (CheckpointError, SwapRefused, NotAttached) as error:
                 logger.error("draft training: %s stays out: %s", checkpoint, error)
 
     async def _adopt(self, checkpoint: Path) -> int:

@@ -57,18 +57,18 @@ class VersionFolder:
         """Copy a checkpoint from elsewhere in as the next version, and delete like ``publish``; returns its number.
 
         Raises:
-            CheckpointError: there is none.
+            CheckpointError: there is none, or no room for a copy.
         """
         config = load_config(checkpoint)
         version = self._claim()
         try:
             shutil.copyfile(checkpoint / "model.safetensors", self.path(version) / "model.safetensors")
+            save_config(self.path(version), config)
         except OSError as error:
-            self.path(version).rmdir()
+            shutil.rmtree(self.path(version), ignore_errors=True)
             raise CheckpointError(
-                f"draft checkpoint {checkpoint}: model.safetensors cannot be read: {error.strerror}"
+                f"draft checkpoint {checkpoint} cannot be copied to {self.path(version)}: {error}"
             ) from error
-        save_config(self.path(version), config)
         self._prune(keep, spared)
         return version
 

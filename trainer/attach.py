@@ -45,11 +45,46 @@ class CannotAttach(RuntimeError):
     """A server cannot be trained on, or not beside the others; the message says why."""
 
 
+class Watch:
+    """What one address says of itself."""
+
+    def __init__(self, url: str, api_key: str | None) -> None:
+        self.url, self._api_key = url, api_key
+        self.run: Run | None = None  # the newest that it told of
+        self.silence = ""  # why it does not answer now
+
+    def start(self) -> None:
+        threading.Thread(target=self._keep_looking, name=f"specforge-watch-{self.url}", daemon=True).start()
+
+    def look(self) -> None:
+        try:
+            answer = request("GET", self.url, "/draft/run", self._api_key, timeout=10)
+            self.run = Run.model_validate_json(answer.content)
+            silence = ""
+        except Unanswered as error:
+            silence = str(error)
+        except pydantic.ValidationError as error:
+            silence = f"the server at {self.url} runs another version of sglang-specforge: {error}"
+        if silence and not self.silence:
+            logger.warning("draft training: %s; it is asked again until it does", silence)
+        elif self.silence and not silence:
+            logger.info("draft training: the server at %s answers", self.url)
+        self.silence = silence
+
+    def active_version(self) -> int:
+        return request("GET", self.url, "/draft/status", self._api_key, timeout=10).json()["draft"]["active_version"]
+
+    def _keep_looking(self) -> None:
+        wait = threading.Event()
+        while not wait.wait(_LOOK_EVERY_S):
+            self.look()
+
+
 class AttachedServers:
     """``online.Servers``: each is asked about itself now and then, in a thread; no watches in the processes that
     hold no stream."""
 
-    def __init__(self, job: Job, watches: Sequence["Watch"]) -> None:
+    def __init__(self, job: Job, watches: Sequence[Watch]) -> None:
         self._job, self._watches, self._parent_pid = job, watches, os.getppid()
         self._refused: set[str] = set()
         for watch in watches:
@@ -67,7 +102,8 @@ class AttachedServers:
         for watch in self._watches:
             if (run := watch.run) is None:
                 continue
-            if (problem := self._problem(run)) is None:
+            problem = None if watch.silence else self._problem(run)  # one that is silent is as it was
+            if problem is None:
                 runs.append(run)
             elif run.spans_endpoint not in self._refused:
                 self._refused.add(run.spans_endpoint)
@@ -113,45 +149,10 @@ def attach(settings: AttachSettings, api_key: str | None) -> tuple[Job, Attached
     return job, AttachedServers(job, watches).check()
 
 
-def _first_that_answers(watches: Sequence["Watch"]) -> "Watch":
+def _first_that_answers(watches: Sequence[Watch]) -> Watch:
     for watch in watches:
         watch.look()
     found = next((watch for watch in watches if watch.run), None)
     if found is None:
         raise Unanswered(watches[0].silence)
     return found
-
-
-class Watch:
-    """What one address says of itself."""
-
-    def __init__(self, url: str, api_key: str | None) -> None:
-        self.url, self._api_key = url, api_key
-        self.run: Run | None = None  # the newest that it told of
-        self.silence = ""  # why it does not answer now
-
-    def start(self) -> None:
-        threading.Thread(target=self._keep_looking, name=f"specforge-watch-{self.url}", daemon=True).start()
-
-    def look(self) -> None:
-        try:
-            answer = request("GET", self.url, "/draft/run", self._api_key, timeout=10)
-            self.run = Run.model_validate_json(answer.content)
-            silence = ""
-        except Unanswered as error:
-            silence = str(error)
-        except pydantic.ValidationError as error:
-            silence = f"the server at {self.url} runs another version of sglang-specforge: {error}"
-        if silence and not self.silence:
-            logger.warning("draft training: %s; it is asked again until it does", silence)
-        elif self.silence and not silence:
-            logger.info("draft training: the server at %s answers", self.url)
-        self.silence = silence
-
-    def active_version(self) -> int:
-        return request("GET", self.url, "/draft/status", self._api_key, timeout=10).json()["draft"]["active_version"]
-
-    def _keep_looking(self) -> None:
-        wait = threading.Event()
-        while not wait.wait(_LOOK_EVERY_S):
-            self.look()

@@ -56,6 +56,7 @@ class Feed:
         self.inbox = Inbox(run.spans_endpoint, self._assembler, self.ledger, expected, max_frame_bytes)
         self._outbox = zmq.Context.instance().socket(zmq.PUSH)
         self._outbox.connect(run.control_endpoint)
+        self._is_heard = True
 
     def pass_on(self, replay: ReplayBuffer) -> None:
         """What has arrived, into the buffer; what is held out is compared with what the server proposed."""
@@ -72,8 +73,11 @@ class Feed:
     def send(self, message: control.ControlMessage) -> None:
         try:
             self._outbox.send(control.encode(message), zmq.NOBLOCK)
+            self._is_heard = True
         except zmq.Again:
-            logger.warning("draft training: the server takes no messages; this one is left out")
+            if self._is_heard:
+                logger.warning("draft training: the server takes no messages; they are left out until it does")
+            self._is_heard = False
 
     def close(self) -> None:
         self.inbox.close()

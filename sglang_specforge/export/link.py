@@ -102,9 +102,10 @@ class Link:
                 continue
             self._segment.reclaim(self._message)
             self._reader = _new_reader()
-            for sent in [s for s in self._in_flight if s.message]:
-                self._in_flight.remove(sent)
-                self._ring.release(sent.region)
+            for sent in self._in_flight:
+                if sent.message:
+                    self._ring.release(sent.region)
+            self._in_flight = deque(sent for sent in self._in_flight if not sent.message)
 
     def _send(self, frames: list[Any]) -> Any:
         """ZMQ's tracker of the frames' memory, or None where nobody reads."""

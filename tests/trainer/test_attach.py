@@ -1,0 +1,134 @@
+"""Which servers a trainer that was started apart takes, and what it says of the others."""
+
+import json
+import logging
+import signal
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from sglang_specforge.training_settings import Job, Speculation
+from tests.tiny import make_run, make_target
+from trainer.attach import AttachedServers, AttachSettings, CannotAttach, Watch
+from trainer.cli import main
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("server")
+    return make_run(folder, make_target(folder / "target"))
+
+
+@pytest.fixture
+def job(run, tmp_path):
+    settings = AttachSettings(servers=["http://a", "http://b"], run_dir=tmp_path / "run")
+    shared = {name: getattr(run, name) for name in ("target_path", "target_fingerprint", "served_dtype", "speculation")}
+    return Job(settings=settings, draft_path=str(tmp_path / "draft"), **shared)
+
+
+class Told(Watch):
+    """A server that told of itself before, and is asked no more."""
+
+    def __init__(self, run, silence=""):
+        super().__init__("http://a", None)
+        self.run, self.silence = run, silence
+
+    def start(self):
+        pass
+
+
+@pytest.fixture
+def answering():
+    """Starts an HTTP server that answers every request alike; returns its address."""
+    started = []
+
+    def start(status, content):
+        class Answer(BaseHTTPRequestHandler):
+            def do_GET(self):  # noqa: N802
+                self.send_response(status)
+                self.end_headers()
+                self.wfile.write(content.encode())
+
+            def log_message(self, *_):
+                pass
+
+        server = HTTPServer(("127.0.0.1", 0), Answer)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        started.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in started:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """As they were: the trainer's own would keep the tests from being interrupted."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+def test_addresses_are_given_again_and_again_and_counted_once():
+    settings = AttachSettings(servers=["http://a:1/", "http://b:2", "http://a:1"])
+    assert settings.servers == ("http://a:1", "http://b:2")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target_fingerprint": "feedface"}, "has target_fingerprint feedface"),
+        ({"served_dtype": "bfloat16"}, "has served_dtype bfloat16"),
+        ({"speculation": Speculation(5)}, "has speculation"),
+        ({"spans_endpoint": "ipc:///nowhere/spans"}, "another machine"),
+    ],
+)
+def test_a_server_that_does_not_go_with_the_others_is_refused_at_the_start_and_left_out_later(
+    run, job, change, message, caplog
+):
+    servers = AttachedServers(job, [Told(run), Told(run.model_copy(update=change))])
+    with pytest.raises(CannotAttach, match=message):
+        servers.check()
+    with caplog.at_level(logging.ERROR):
+        assert servers.runs() == servers.runs() == [run]
+    assert [message in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_the_servers_own_run_folder_is_refused(run, job):
+    settings = job.settings.model_copy(update={"run_dir": run.run_dir})
+    with pytest.raises(CannotAttach, match="give another --run-dir"):
+        AttachedServers(job.model_copy(update={"settings": settings}), [Told(run)]).check()
+
+
+def test_a_silent_server_is_as_it_was(run, job):
+    gone = run.model_copy(update={"spans_endpoint": "ipc:///removed/spans"})
+    assert AttachedServers(job, [Told(gone, silence="does not answer")]).runs() == [gone]
+
+
+@pytest.mark.parametrize(
+    ("status", "content", "message"),
+    [
+        (404, "", "runs without --enable-draft-training"),
+        (401, "", "give --api-key"),
+        (200, json.dumps({"target": "?"}), "another version of sglang-specforge"),
+        (500, "oops", "answered 500: oops"),
+    ],
+)
+def test_a_server_that_cannot_be_attached_to_ends_the_start_with_the_reason(
+    answering, tmp_path, capsys, status, content, message
+):
+    with pytest.raises(SystemExit) as ended:
+        main(["attach", "--server", answering(status, content), "--run-dir", str(tmp_path)])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_settings_that_are_missing_or_unknown_end_the_start(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["attach"])
+    assert ended.value.code == 2
+    assert "Address of a server to train on" in capsys.readouterr().err
