@@ -3,22 +3,28 @@
     python benchmarks/capture_overhead.py [--target DIR] [--quick] [--json FILE]
 
 One real server, one load (the same greedy requests, no prefix cache), and three states that alternate in every round:
-paused (``POST /draft/capture``); nobody attached; and a consumer in a process of its own that receives everything and
-throws it away. Also shown: what a pass costs the scheduler thread, and the bytes captured.
+paused (``POST /draft/capture``); nobody attached; and a consumer in a process of its own that receives everything as a
+trainer does and throws it away. Rounds are short and many, as the speed of a shared machine drifts. Shown is the
+geometric mean of the rounds' ratios with its 95% confidence interval, what a pass costs the scheduler thread, and how
+much was captured.
 """
 
+import math
+import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import httpx
+import scipy.stats
 import typer
 from measuring import TINY_TARGET, save_record, start_capturing
 from rich.console import Console
@@ -31,11 +37,20 @@ from sglang_specforge.traffic import stream_prompts
 ARMS = ("paused", "nobody attached", "consumer")
 SERVING = ("--max-total-tokens", 16384, "--max-running-requests", 16, "--disable-radix-cache")
 CONSUMER = """
-import sys, zmq
-socket = zmq.Context().socket(zmq.PULL)
-socket.bind(sys.argv[1])
-while True:
-    socket.recv_multipart(copy=False)
+import select, sys
+from sglang_specforge.contracts.control import TokenLedger
+from trainer.inbox import Inbox
+
+class Discard:
+    def add(self, *message):
+        return []
+
+for _ in sys.stdin:
+    inbox = Inbox(sys.argv[1], Discard(), TokenLedger())
+    while not select.select([sys.stdin], [], [], 0)[0]:
+        inbox.receive(0.2)
+    sys.stdin.readline()
+    inbox.close()
 """
 
 
@@ -52,21 +67,30 @@ class Measured:
     captured_tokens: int
 
 
-class Consumer(AbstractContextManager):
-    """Reads the server's stream and throws it away, in a process of its own."""
+class Consumer:
+    """A process that reads the server's stream, as a trainer does, and throws it away; while it is told to."""
 
     def __init__(self, server: ServerProcess) -> None:
-        self._process = subprocess.Popen([sys.executable, "-c", CONSUMER, server.status()["spans_endpoint"]])
-        wait_until_captured(server.url)
+        command = [sys.executable, "-c", CONSUMER, server.status()["spans_endpoint"]]
+        self._server, self._process = server, subprocess.Popen(command, stdin=subprocess.PIPE, bufsize=0)
 
-    def __exit__(self, *_: Any) -> None:
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        self._process.stdin.write(b"read\n")
+        wait_until_captured(self._server.url)
+        yield
+        self._process.stdin.write(b"leave\n")
+
+    def end(self) -> None:
         self._process.kill()
         self._process.wait()
 
 
-def measure(server: ServerProcess, arm: str, number: int, prompts: list[str], tokens: int) -> Measured:
+def measure(
+    server: ServerProcess, consumer: Consumer, arm: str, number: int, prompts: list[str], tokens: int
+) -> Measured:
     httpx.post(f"{server.url}/draft/capture", json={"enabled": arm != "paused"}, trust_env=False).raise_for_status()
-    with Consumer(server) if arm == "consumer" else nullcontext():
+    with consumer.reading() if arm == "consumer" else nullcontext():
         wait_for_state(server, {"paused": "paused", "nobody attached": "nobody_listening", "consumer": None}[arm])
         before = counters(server)
         sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
@@ -92,35 +116,40 @@ def counters(server: ServerProcess) -> tuple[int, float, int]:
 
 
 def take_rounds(server: ServerProcess, rounds: int, requests: int, tokens: int) -> list[Measured]:
-    prompts = list(islice(stream_prompts(seed=11), requests))
-    measure(server, "consumer", -1, prompts, tokens)  # warms up
-    order = [ARMS[i % 3 :] + ARMS[: i % 3] for i in range(rounds)]
-    return [measure(server, arm, i, prompts, tokens) for i, arms in enumerate(order) for arm in arms]
+    prompts, consumer = list(islice(stream_prompts(seed=11), requests)), Consumer(server)
+    measure(server, consumer, "consumer", -1, prompts, tokens)  # warms up
+    order = [random.Random(i).sample(ARMS, len(ARMS)) for i in range(rounds)]
+    found = [measure(server, consumer, arm, i, prompts, tokens) for i, arms in enumerate(order) for arm in arms]
+    consumer.end()
+    return found
 
 
-def ratios(measured: list[Measured], arm: str) -> list[float]:
-    """Throughput against the paused arm of the same round."""
+def ratio(measured: list[Measured], arm: str) -> tuple[float, float, float]:
+    """Throughput against the paused arm of the same round: geometric mean, and its 95% confidence interval."""
     speed = {(m.round, m.arm): m.tokens_per_s for m in measured}
-    return sorted(speed[r, arm] / speed[r, "paused"] for r, a in speed if a == arm)
+    logs = [math.log(speed[r, arm] / speed[r, "paused"]) for r, a in speed if a == "paused"]
+    mean, error = statistics.fmean(logs), statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else 0.0
+    reach = error * scipy.stats.t.ppf(0.975, len(logs) - 1)
+    return math.exp(mean), math.exp(mean - reach), math.exp(mean + reach)
 
 
 def main(
     target: Annotated[Path, typer.Option(help="Folder of the target.")] = TINY_TARGET,
-    quick: Annotated[bool, typer.Option(help="3 rounds of 3 s instead of 9 of 7 s.")] = False,
+    quick: Annotated[bool, typer.Option(help="6 rounds instead of 60.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
 ) -> None:
-    rounds, requests, tokens = (3, 16, 48) if quick else (9, 32, 64)
+    rounds, requests, tokens = (6 if quick else 60), 16, 32
     with tempfile.TemporaryDirectory() as folder, start_capturing(target, Path(folder), *SERVING) as server:
         measured = take_rounds(server, rounds, requests, tokens)
     table = Table(title=f"{rounds} rounds of {requests} requests, {tokens} tokens each; throughput against paused")
-    for column in ("", "ratio, median", "lowest", "highest", "tokens/s", "scheduler thread, us a pass", "captured/s"):
+    for column in ("", "ratio", "95% interval", "tokens/s", "scheduler thread, us a pass", "captured/s"):
         table.add_column(column)
     found = {}
     for arm in ARMS:
-        own, against = [m for m in measured if m.arm == arm], ratios(measured, arm)
-        found[arm] = statistics.median(against)
+        own = [m for m in measured if m.arm == arm]
+        found[arm], low, high = ratio(measured, arm)
         table.add_row(
-            arm, f"{found[arm]:.3f}", f"{against[0]:.3f}", f"{against[-1]:.3f}",
+            arm, f"{found[arm]:.3f}", f"{low:.3f} to {high:.3f}",
             f"{statistics.median(m.tokens_per_s for m in own):.1f}",
             f"{statistics.median(m.scheduler_us_per_pass for m in own):.0f}",
             f"{statistics.median(m.captured_tokens / m.seconds for m in own):.0f}",
