@@ -66,7 +66,7 @@ def trainer(servers, folder):
     trainer.end()
 
 
-def send_to_both(servers, seed, count=40):
+def send_to_both(servers, seed, count=24):
     for i, client in enumerate(servers):
         client.generate_all(prompts(count, seed=seed + i), tokens=40)
 
