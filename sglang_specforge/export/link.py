@@ -84,6 +84,7 @@ class Link:
 
     def close(self) -> None:
         self._socket.disable_monitor()
+        self._events.close()
         self._socket.close()
         self._context.term()
 
