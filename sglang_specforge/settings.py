@@ -66,6 +66,11 @@ class DraftTrainingSettings(OnlineSettings):
         description="Share of the requests to capture, each of them whole.",
         json_schema_extra={"flag": "draft-capture-sample"},
     )
+    capture_opt_in: bool = Field(
+        False,
+        description="Capture only requests that say so: draft_training in custom_params, or X-Draft-Training as header.",
+        json_schema_extra={"flag": "draft-capture-opt-in"},
+    )
     capture_max_mb_s: float | None = Field(
         None,
         gt=0,

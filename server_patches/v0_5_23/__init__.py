@@ -12,6 +12,7 @@ SUPPORTED = "sglang==0.5.23"
 _WORKER = "sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2"
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _STATE = "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
+_MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _HTTP = "sglang.srt.entrypoints.http_server"
 
 TARGETS = (
@@ -22,8 +23,9 @@ TARGETS = (
     Target(f"{_STATE}._update_handlers", ("self",)),
     Target(f"{_STATE}._add_speculative", ("self", "state")),
     Target("sglang.srt.models.llama_eagle3.LlamaForCausalLMEagle3.load_weights", ("self", "weights")),
-    Target("sglang.srt.managers.tokenizer_manager.TokenizerManager.set_internal_state", ("self", "obj")),
-    Target("sglang.srt.managers.tokenizer_manager.TokenizerManager.get_internal_state", ("self",)),
+    Target(f"{_MANAGER}.set_internal_state", ("self", "obj")),
+    Target(f"{_MANAGER}.get_internal_state", ("self",)),
+    Target(f"{_MANAGER}.generate_request", ("self", "obj", "request")),
     Target(f"{_HTTP}.launch_server", ("server_args",)),
     Target("sglang.srt.configs.model_config._get_and_verify_dtype", ("config", "dtype")),
     Target("sglang.srt.layers.logits_processor.LogitsProcessor._get_last_hidden_states_to_store", ("self",)),
@@ -56,9 +58,10 @@ def register_flag_hooks() -> None:
 
 
 def register_launcher_hooks() -> None:
-    """Launcher of a run: status routes, control service and trainer, around the HTTP server's life."""
-    from server_patches.v0_5_23 import http
+    """Launcher of a run: status routes, control service and trainer, around the HTTP server's life; headers."""
+    from server_patches.v0_5_23 import consent, http
 
+    HookRegistry.register(f"{_MANAGER}.generate_request", consent.take_headers, HookType.BEFORE)
     HookRegistry.register(f"{_HTTP}.launch_server", http.launch_with_draft_training, HookType.AROUND)
 
 

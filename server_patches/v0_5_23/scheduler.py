@@ -6,6 +6,7 @@ F = 2 + D.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.scheduler_components.internal_state import UpdateRejected, _UpdateHandler
 from sglang.srt.runtime_context import get_parallel
 
+from server_patches.v0_5_23.consent import OPT_KEY, SLICE_KEY, asked
 from server_patches.v0_5_23.draft_weights import LiveDraft
 from sglang_specforge.draft_bank import DraftBank
 from sglang_specforge.export.admission import Admission, Admitted
@@ -23,7 +25,6 @@ from sglang_specforge.export.exporter import Exporter
 from sglang_specforge.export.ring import HostRing
 from sglang_specforge.settings import Run
 
-OPT_KEY, SLICE_KEY = "draft_training", "draft_slice"  # of a request's custom_params
 _LONGEST_SLICE = 64  # characters
 
 
@@ -56,7 +57,8 @@ def attach(result: None, worker: Any, *args: Any, **kwargs: Any) -> None:
         settings = run.settings
         ring = HostRing(settings.ring_mb << 20, pinned=device.type == "cuda")
         max_bytes_s = settings.capture_max_mb_s and settings.capture_max_mb_s * (1 << 20)
-        exporter = Exporter(run.spans_endpoint, ring, Admission(ring, _Served, settings.capture_sample, max_bytes_s))
+        describe = partial(_Served, opt_in=settings.capture_opt_in)
+        exporter = Exporter(run.spans_endpoint, ring, Admission(ring, describe, settings.capture_sample, max_bytes_s))
         copier = HostCopier(ring, device)
         exporter.start()
     bank = DraftBank(LiveDraft(worker.draft_worker), run)
@@ -194,28 +196,25 @@ def _prefilled(req: Any, start: int, length: int) -> Prefilled:
     return Prefilled(start, length, req.origin_input_ids[:start] if start == req.cached_tokens else ())
 
 
-def _asked(req: Any) -> dict[str, Any]:
-    """What the request says of draft training, among its ``custom_params``."""
-    return req.sampling_params.custom_params or {}
-
-
 class _Served:
     """``export.admission.ServedRequest`` of SGLang's ``Req``."""
 
     __slots__ = ("_req", "cached_tokens", "is_counted", "prompt_tokens", "refusal", "rid", "slice")
 
-    def __init__(self, req: Any) -> None:
-        asked = _asked(req)
+    def __init__(self, req: Any, opt_in: bool) -> None:
+        said = asked(req)
         self.rid, self._req = req.rid, req
         self.prompt_tokens, self.cached_tokens = len(req.origin_input_ids), req.cached_tokens
-        self.slice = str(asked.get(SLICE_KEY, ""))[:_LONGEST_SLICE]
+        self.slice = str(said.get(SLICE_KEY, ""))[:_LONGEST_SLICE]
         self.is_counted, self.refusal = True, None
         if req.rid.startswith(HEALTH_CHECK_RID_PREFIX):
             self.is_counted, self.refusal = False, "health_check"
         elif req.lora_id is not None:
             self.refusal = "adapter"  # what an adapter computes is not the target's
-        elif asked.get(OPT_KEY) is False:
+        elif said.get(OPT_KEY) is False:
             self.refusal = "opted_out"
+        elif opt_in and said.get(OPT_KEY) is not True:
+            self.refusal = "not_opted_in"
 
     def is_finished(self) -> bool:
         return self._req.finished()

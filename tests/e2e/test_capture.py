@@ -84,3 +84,21 @@ def test_a_sample_of_the_requests_is_captured_whole(start):
     assert status["tokens"]["captured"] - past_finish >= captured * per_request
     assert requests_of(client)["left_out"]["sampled_out"] >= 120 - captured
     assert_every_token_is_accounted_for(status)
+
+
+def test_only_requests_that_say_so_are_captured_where_the_operator_wants_that(start):
+    client = start("--dtype", "float32", training={"trainer": "none", "capture-opt-in": "true"})
+    socket = zmq.Context.instance().socket(zmq.PULL)
+    socket.bind(client.status()["spans_endpoint"])
+    wait_until_captured(client.server.url)
+    before = requests_of(client)["captured"]
+    for _ in range(3):
+        client.generate("nothing said")
+        client.generate("said in the body", custom_params={"draft_training": True})
+        header = {"X-Draft-Training": "true"}
+        for route, body in (("/generate", {"text": ["a", "b"]}), ("/v1/completions", {"model": "m", "prompt": "c"})):
+            assert client.post(route, json=body, headers=header).status_code == 200
+    requests = requests_of(client)
+    assert requests["captured"] == before + 3 * 4
+    assert requests["left_out"]["not_opted_in"] == 3
+    socket.close()

@@ -81,17 +81,23 @@ def test_a_request_names_its_slice_or_stays_out_of_training(start):
     socket = zmq.Context.instance().socket(zmq.PULL)
     socket.bind(client.status()["spans_endpoint"])
     wait_until_captured(client.server.url)
-    asked = [{"draft_slice": "code"}, {"draft_training": False}, None]
-    expected = {str(i): "code" if i % 3 == 0 else "" for i in range(12) if i % 3 != 1}
+    says = [
+        ({"draft_slice": "code"}, {}), ({"draft_training": False}, {}), (None, {}),
+        (None, {"X-Draft-Slice": "code"}), (None, {"X-Draft-Training": "false"}),
+        ({"draft_training": False}, {"X-Draft-Training": "true"}),
+    ]  # fmt: skip
+    expected = {str(i): "code" if i % 3 == 0 else "" for i in range(24) if i % 6 in (0, 2, 3)}
     sampling = {"temperature": 0, "max_new_tokens": 12}
 
     def ask(i):
-        text, rid, custom = prompts(12, seed=300)[i], f"{i}", asked[i % 3]
-        if i < 6:
+        text, rid, (custom, headers) = prompts(24, seed=300)[i], f"{i}", says[i % 6]
+        if i < 12:
             given = {"sampling_params": {**sampling, "custom_params": custom}}
-            return client.post("/generate", json={"text": text, "rid": rid, "extra_key": rid, **given})
+            body = {"text": text, "rid": rid, "extra_key": rid, **given}
+            return client.post("/generate", json=body, headers=headers)
         message = {"messages": [{"role": "user", "content": text}], "model": "m", "max_tokens": 12}
-        return client.post("/v1/chat/completions", json={**message, "rid": rid, "custom_params": custom})
+        body = {**message, "rid": rid, "custom_params": custom}
+        return client.post("/v1/chat/completions", json=body, headers=headers)
 
     samples = {}
 
@@ -104,12 +110,16 @@ def test_a_request_names_its_slice_or_stays_out_of_training(start):
         return set(expected) <= set(samples)
 
     with ThreadPoolExecutor(6) as pool:
-        answers = list(pool.map(ask, range(12)))
-        wait_for("the states of eight requests", hear, 60)
+        answers = list(pool.map(ask, range(24)))
+        wait_for("the states of twelve requests", hear, 60)
     socket.close()
-    assert [answer.status_code for answer in answers] == [200] * 12
+    assert [answer.status_code for answer in answers] == [200] * 24
     assert {rid: sample.slice for rid, sample in samples.items() if len(rid) < 3} == expected
     assert assembler.open_tokens == 0
+    for route, body in (("/generate", {"text": "a"}), ("/v1/completions", {"model": "m", "prompt": "a"})):
+        refused = client.post(route, json=body, headers={"X-Draft-Training": "perhaps"})
+        assert refused.status_code == 400
+        assert "give true or false" in refused.text
 
 
 def test_prepared_captured_trained_and_served(start, reference, tmp_path):

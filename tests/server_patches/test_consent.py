@@ -1,0 +1,49 @@
+"""What a request's headers say of draft training reaches its sampling parameters, and a no is a no."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from server_patches.v0_5_23.consent import OPT_KEY, SLICE_KEY, take_headers
+
+
+def sampling_after(headers, sampling):
+    obj = SimpleNamespace(sampling_params=sampling)
+    take_headers(None, obj, SimpleNamespace(headers=headers))
+    return obj.sampling_params
+
+
+@pytest.mark.parametrize(
+    ("header", "body", "says"),
+    [
+        ("true", None, True),
+        ("False", None, False),
+        ("false", True, False),
+        ("true", False, False),
+        (None, True, True),
+    ],
+)
+def test_a_no_is_a_no_wherever_it_is_said(header, body, says):
+    headers = {} if header is None else {"x-draft-training": header}
+    sampling = {"temperature": 0, "custom_params": None if body is None else {OPT_KEY: body, "other": 1}}
+    found = sampling_after(headers, sampling)
+    assert found["custom_params"][OPT_KEY] is says
+    assert found["temperature"] == 0
+    assert found["custom_params"].get("other") == (None if body is None else 1)
+
+
+def test_every_request_of_a_batch_gets_what_its_header_says():
+    found = sampling_after({"x-draft-slice": "code"}, [{"temperature": 0}, {"temperature": 1}])
+    assert [one["custom_params"] for one in found] == [{SLICE_KEY: "code"}] * 2
+    assert sampling_after({"x-draft-slice": "code"}, None) == {"custom_params": {SLICE_KEY: "code"}}
+
+
+def test_without_a_header_nothing_is_touched():
+    given = {"temperature": 0}
+    assert sampling_after({}, given) is given
+    take_headers(None, SimpleNamespace())  # not by HTTP
+
+
+def test_any_other_answer_is_refused_by_name():
+    with pytest.raises(ValueError, match="'perhaps' is not accepted; give true or false"):
+        sampling_after({"x-draft-training": "perhaps"}, {})
