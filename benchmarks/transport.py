@@ -33,7 +33,7 @@ from trainer.inbox import Inbox
 WAYS = ("shared memory", "zmq frames", "pickled pyzmq")
 HIDDEN, TOKENS = (1024, 4096, 7168), (1, 8, 64, 512, 8192)
 RING_BYTES, LARGE = 256 << 20, 1 << 20
-LEAST_BYTES, LEAST_MESSAGES, MOST_MESSAGES = 1 << 30, 8, 5000
+LEAST_BYTES, LEAST_MESSAGES, MOST_MESSAGES = 1 << 30, 8, 2000
 
 
 @dataclass(frozen=True)
@@ -174,8 +174,8 @@ def measure(way: str, hidden: int, tokens: int, rounds: int) -> Measured:
         orders.recv()
         sender = Sender(way, endpoint, states, ring)
         found, copied = [], []
-        for number in range(rounds + 1):  # the first one warms up
-            count = 4 if number == 0 else messages
+        for number in range(rounds + 1):  # the first one touches all memory
+            count = -(-ring_bytes // states.nbytes) if number == 0 else messages
             copied.append(copy_gb_s(states, plain, count))
             started_s = time.perf_counter()
             orders.send(count)

@@ -68,7 +68,7 @@ class DraftTrainingSettings(OnlineSettings):
     )
     capture_opt_in: bool = Field(
         False,
-        description="Capture only requests that say so: draft_training in custom_params, or X-Draft-Training as header.",
+        description="Capture only requests that say true: custom_params draft_training, or header X-Draft-Training.",
         json_schema_extra={"flag": "draft-capture-opt-in"},
     )
     capture_max_mb_s: float | None = Field(
