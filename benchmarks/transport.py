@@ -175,7 +175,7 @@ def measure(way: str, hidden: int, tokens: int, rounds: int) -> Measured:
         sender = Sender(way, endpoint, states, ring)
         found, copied = [], []
         for number in range(rounds + 1):  # the first one touches all memory
-            count = -(-ring_bytes // states.nbytes) if number == 0 else messages
+            count = min(MOST_MESSAGES, -(-ring_bytes // states.nbytes)) if number == 0 else messages
             copied.append(copy_gb_s(states, plain, count))
             started_s = time.perf_counter()
             orders.send(count)
@@ -197,7 +197,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
 ) -> None:
     torch.set_num_threads(1)
-    hidden_sizes, spans, rounds = ((1024,), (1, 64, 512), 1) if quick else (HIDDEN, TOKENS, 5)
+    hidden_sizes, spans, rounds = ((1024,), (1, 64, 512), 1) if quick else (HIDDEN, TOKENS, 3)
     table = Table(title="GB/s, and as a share of memcpy in the same run (median)")
     for column in ("hidden size", "tokens of a span", "MB", *WAYS):
         table.add_column(column, justify="right")

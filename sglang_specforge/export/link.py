@@ -6,6 +6,7 @@ gets them as frames, whose memory ZMQ gives back. A region is the ring's again w
 
 import secrets
 from collections import deque
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import msgspec
@@ -46,7 +47,7 @@ class Link:
 
     def send(self, message: Message) -> bool:
         """Whether somebody reads it."""
-        return self._send([encode_header(message)]) is not None
+        return self._send_copied([encode_header(message)])
 
     def send_states(self, message: Captured, tensors: list[torch.Tensor], region: Region) -> bool:
         """Send a message whose first ``tensors`` lie in ``region``, end to end, and the last one elsewhere.
@@ -54,21 +55,11 @@ class Link:
         Whether somebody reads it; if so, the region is released when the reader is done, otherwise now.
         """
         self._look_for_partings()
-        number, frames = 0, tensors
-        if self._is_shared():
-            number, frames = self._message + 1, tensors[-1:]
-            offsets = [region.offset]
-            for tensor in tensors[:-2]:
-                offsets.append(offsets[-1] + tensor.nbytes)
-            message = msgspec.structs.replace(message, shared=Shared(number, offsets))
-        elif self._segment is not None:
-            message = msgspec.structs.replace(message, offered=self._segment.address(self._reader))
-        tracker = self._send([encode_header(message), *map(_memory, frames)])
-        if tracker is None:
+        sent = (self._say_where if self._is_shared() else self._send_frames)(message, tensors, region)
+        if sent is None:
             self._ring.release(region)
             return False
-        self._message = number or self._message
-        self._in_flight.append(_InFlight(region, tracker, number))
+        self._in_flight.append(sent)
         return True
 
     def release_read(self) -> None:
@@ -108,12 +99,32 @@ class Link:
                     self._ring.release(sent.region)
             self._in_flight = deque(sent for sent in self._in_flight if not sent.message)
 
-    def _send(self, frames: list[Any]) -> Any:
-        """ZMQ's tracker of the frames' memory, or None where nobody reads."""
+    def _say_where(self, message: Captured, tensors: list[torch.Tensor], region: Region) -> _InFlight | None:
+        *states, tokens_N = tensors
+        ends = accumulate((tensor.nbytes for tensor in states), initial=region.offset)
+        shared = Shared(self._message + 1, list(ends)[:-1])
+        if not self._send_copied([encode_header(msgspec.structs.replace(message, shared=shared)), _memory(tokens_N)]):
+            return None
+        self._message += 1
+        return _InFlight(region, None, self._message)
+
+    def _send_frames(self, message: Captured, tensors: list[torch.Tensor], region: Region) -> _InFlight | None:
+        if self._segment is not None:
+            message = msgspec.structs.replace(message, offered=self._segment.address(self._reader))
+        frames = [encode_header(message), *map(_memory, tensors)]
         try:
-            return self._socket.send_multipart(frames, flags=zmq.NOBLOCK, copy=False, track=True)
+            tracker = self._socket.send_multipart(frames, flags=zmq.NOBLOCK, copy=False, track=True)
         except zmq.Again:
             return None
+        return _InFlight(region, tracker, 0)
+
+    def _send_copied(self, frames: list[Any]) -> bool:
+        """Small ones: cheaper to copy than to keep track of."""
+        try:
+            self._socket.send_multipart(frames, flags=zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        return True
 
 
 def _new_reader() -> int:

@@ -94,6 +94,7 @@ def test_what_is_captured_arrives_bit_by_bit(endpoint):
     del tensors
     wait_for(lambda: exporter.ring.used_bytes == 0)
     exporter.stop()
+    assert not exporter._thread.is_alive()
     socket.close()
 
 
