@@ -29,7 +29,7 @@ from measuring import TINY_TARGET, save_record, start_capturing
 from rich.console import Console
 from rich.table import Table
 
-from sglang_specforge.client import request, wait_until_captured
+from sglang_specforge.client import run_of, wait_until_captured
 from sglang_specforge.server_process import ServerProcess
 from sglang_specforge.traffic import stream_prompts
 
@@ -58,8 +58,8 @@ class Reader:
     """The process that reads the stream, and what can befall it."""
 
     def __init__(self, server: ServerProcess) -> None:
-        self._server, run = server, request("GET", server.url, "/draft/run", None, timeout=10).json()
-        self._spans, self._control = run["spans_endpoint"], run["control_endpoint"]
+        self._server, run = server, run_of(server.url)
+        self._spans, self._control = run.spans_endpoint, run.control_endpoint
         self.start()
 
     def start(self) -> None:

@@ -28,9 +28,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from sglang_specforge.client import wait_until_captured
+from sglang_specforge.client import run_of, wait_until_captured
 from sglang_specforge.contracts.control import TokenLedger
 from sglang_specforge.contracts.frames import decode
+from sglang_specforge.settings import Run
 from sglang_specforge.traffic import stream_prompts
 from trainer.assemble import Assembler
 from trainer.prefix_store import PrefixStore
@@ -64,21 +65,21 @@ class Turn:
     output_ids: list[int]
 
 
-def chat(url: str, system: list[int], questions: list[list[int]]) -> list[Turn]:
+def chat(run: Run, url: str, system: list[int], questions: list[list[int]]) -> list[Turn]:
     turns, context = [], system
     for question in questions:
         context = context + question
-        turns.append(generate(url, context, ANSWER_TOKENS))
+        turns.append(generate(run, url, context, ANSWER_TOKENS))
         context = context + turns[-1].output_ids
     return turns
 
 
-def generate(url: str, input_ids: list[int], tokens: int, **given: Any) -> Turn:
+def generate(run: Run, url: str, input_ids: list[int], tokens: int, **given: Any) -> Turn:
     rid = uuid.uuid4().hex
     sampling = {"temperature": 0, "max_new_tokens": tokens, "ignore_eos": True}
     body = {"input_ids": input_ids, "rid": rid, "sampling_params": sampling, **given}
     answer = httpx.post(f"{url}/generate", json=body, timeout=300, trust_env=False).raise_for_status()
-    return Turn(rid, input_ids, answer.json()["output_ids"])
+    return Turn(run.alias(rid), input_ids, answer.json()["output_ids"])
 
 
 def listen(socket: zmq.Socket, ingests: list[Ingest], work: list[Future]) -> None:
@@ -100,17 +101,17 @@ def serve(target: Path, folder: Path, chats: int, compared: int) -> tuple[list[I
     questions = [[tokenizer.encode(text)[:48] for text in islice(prompts, TURNS)] for _ in range(chats)]
     with start_capturing(target, folder, "--max-total-tokens", 65536) as server, zmq.Context() as context:
         socket = context.socket(zmq.PULL)
-        status = server.status()
-        socket.bind(status["spans_endpoint"])
+        run = run_of(server.url)
+        socket.bind(run.spans_endpoint)
         wait_until_captured(server.url)
-        ingests = [Ingest(PrefixStore(status["target_fingerprint"], size)) for size in (1 << 30, 0)]
+        ingests = [Ingest(PrefixStore(run.target_fingerprint, size)) for size in (1 << 30, 0)]
         with ThreadPoolExecutor(CONCURRENCY) as pool:
-            work = [pool.submit(chat, server.url, system, q) for q in questions]
+            work = [pool.submit(chat, run, server.url, system, q) for q in questions]
             listen(socket, ingests, work)
             turns = [turn for future in work for turn in future.result()]
             last = random.Random(0).sample(turns[TURNS - 1 :: TURNS], compared)
             afresh = [
-                pool.submit(lambda t: [generate(server.url, t.input_ids, 1, extra_key=uuid.uuid4().hex)], turn)
+                pool.submit(lambda t: [generate(run, server.url, t.input_ids, 1, extra_key=uuid.uuid4().hex)], turn)
                 for turn in last
             ]
             listen(socket, ingests, afresh)

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sglang_specforge.checkpoint import save_checkpoint
-from sglang_specforge.client import ask, wait_until_captured
+from sglang_specforge.client import ask, run_of, wait_until_captured
 from sglang_specforge.contracts.control import TokenLedger
 from sglang_specforge.server_process import ServerProcess
 from sglang_specforge.traffic import stream_prompts
@@ -51,6 +51,7 @@ ANSWER_TOKENS, BATCH_TOKENS, STEPS = 64, 1024, 3
 def listen(server: ServerProcess, inbox: Inbox, prompts: list[str]) -> list[Sample]:
     """What a trainer gets of the server's answers."""
     samples: dict[str, Sample] = {}
+    run = run_of(server.url)
 
     def answer_of(text: str) -> str:
         rid = uuid.uuid4().hex
@@ -58,7 +59,7 @@ def listen(server: ServerProcess, inbox: Inbox, prompts: list[str]) -> list[Samp
         body = {"text": text, "rid": rid, "extra_key": rid}
         body["sampling_params"] = {"temperature": 0, "max_new_tokens": ANSWER_TOKENS}
         httpx.post(f"{server.url}/generate", json=body, timeout=120, trust_env=False).raise_for_status()
-        return rid
+        return run.alias(rid)
 
     with ThreadPoolExecutor(6) as pool:
         answers = [pool.submit(answer_of, text) for text in prompts]

@@ -4,8 +4,11 @@ import time
 from typing import Annotated, Any, NoReturn
 
 import httpx
+import pydantic
 import typer
 from rich.console import Console
+
+from sglang_specforge.settings import Run
 
 Url = Annotated[str, typer.Option(help="Address of the server.")]
 ApiKey = Annotated[str | None, typer.Option(envvar="SGLANG_API_KEY", help="The server's --api-key.")]
@@ -49,6 +52,19 @@ def ask(method: str, url: str, path: str, api_key: str | None, **kwargs: Any) ->
         return request(method, url, path, api_key, **kwargs)
     except Unanswered as error:
         fail(str(error))
+
+
+def run_of(url: str, api_key: str | None = None) -> Run:
+    """What the server says of itself.
+
+    Raises:
+        Unanswered: it does not, or not in a way that is understood here.
+    """
+    answer = request("GET", url, "/draft/run", api_key, timeout=10)
+    try:
+        return Run.model_validate_json(answer.content)
+    except pydantic.ValidationError as error:
+        raise Unanswered(f"the server at {url} runs another version of sglang-specforge: {error}") from error
 
 
 class NotCaptured(RuntimeError):

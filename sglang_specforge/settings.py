@@ -5,7 +5,9 @@ environment variable ``SGLANG_SPECFORGE_RUN`` (``Run``), because SGLang's ``Serv
 """
 
 import os
+import secrets
 import tomllib
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -86,6 +88,11 @@ class Run(Job):
     settings: DraftTrainingSettings
     spans_endpoint: str = Field(description="ZMQ endpoint that the trainer binds for captured spans.")
     control_endpoint: str = Field(description="ZMQ endpoint that the server binds for the trainer's messages.")
+    salt: str = Field(default_factory=lambda: secrets.token_hex(16), description="Of request ids in the stream.")
+
+    def alias(self, rid: str) -> str:
+        """What a request is called in the stream: ids are often made of what a user should keep."""
+        return blake2b(rid.encode("utf-8", "surrogatepass"), key=bytes.fromhex(self.salt), digest_size=16).hexdigest()
 
     def export(self) -> None:
         """Hand this run to every process started from here on."""

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import pydantic
 import torch.distributed as dist
 from pydantic import BeforeValidator, Field
 
-from sglang_specforge.client import Unanswered, request
+from sglang_specforge.client import Unanswered, request, run_of
 from sglang_specforge.new_draft import import_draft
 from sglang_specforge.settings import OnlineSettings, Run
 from sglang_specforge.training_settings import Job
@@ -58,13 +57,9 @@ class Watch:
 
     def look(self) -> None:
         try:
-            answer = request("GET", self.url, "/draft/run", self._api_key, timeout=10)
-            self.run = Run.model_validate_json(answer.content)
-            silence = ""
+            self.run, silence = run_of(self.url, self._api_key), ""
         except Unanswered as error:
             silence = str(error)
-        except pydantic.ValidationError as error:
-            silence = f"the server at {self.url} runs another version of sglang-specforge: {error}"
         if silence and not self.silence:
             logger.warning("draft training: %s; it is asked again until it does", silence)
         elif self.silence and not silence:

@@ -57,7 +57,7 @@ def attach(result: None, worker: Any, *args: Any, **kwargs: Any) -> None:
         settings = run.settings
         ring = HostRing(settings.ring_mb << 20, pinned=device.type == "cuda")
         max_bytes_s = settings.capture_max_mb_s and settings.capture_max_mb_s * (1 << 20)
-        describe = partial(_Served, opt_in=settings.capture_opt_in)
+        describe = partial(_Served, run=run)
         exporter = Exporter(run.spans_endpoint, ring, Admission(ring, describe, settings.capture_sample, max_bytes_s))
         copier = HostCopier(ring, device)
         exporter.start()
@@ -199,11 +199,11 @@ def _prefilled(req: Any, start: int, length: int) -> Prefilled:
 class _Served:
     """``export.admission.ServedRequest`` of SGLang's ``Req``."""
 
-    __slots__ = ("_req", "cached_tokens", "is_counted", "prompt_tokens", "refusal", "rid", "slice")
+    __slots__ = ("_req", "alias", "cached_tokens", "is_counted", "prompt_tokens", "refusal", "rid", "slice")
 
-    def __init__(self, req: Any, opt_in: bool) -> None:
+    def __init__(self, req: Any, run: Run) -> None:
         said = asked(req)
-        self.rid, self._req = req.rid, req
+        self.rid, self.alias, self._req = req.rid, run.alias(req.rid), req
         self.prompt_tokens, self.cached_tokens = len(req.origin_input_ids), req.cached_tokens
         self.slice = str(said.get(SLICE_KEY, ""))[:_LONGEST_SLICE]
         self.is_counted, self.refusal = True, None
@@ -213,7 +213,7 @@ class _Served:
             self.refusal = "adapter"  # what an adapter computes is not the target's
         elif said.get(OPT_KEY) is False:
             self.refusal = "opted_out"
-        elif opt_in and said.get(OPT_KEY) is not True:
+        elif run.settings.capture_opt_in and said.get(OPT_KEY) is not True:
             self.refusal = "not_opted_in"
 
     def is_finished(self) -> bool:

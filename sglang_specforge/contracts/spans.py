@@ -17,7 +17,7 @@ PROTOCOL = 5
 class Span(msgspec.Struct, array_like=True, frozen=True):
     """Consecutive positions of one request, captured by one forward pass."""
 
-    rid: str
+    rid: str  # the request's alias (``settings.Run.alias``), here and in ``Finished``
     start: int  # position of the first token
     length: int
     row: int  # first of ``length`` rows in the tensors

@@ -28,6 +28,7 @@ class ServedRequest(Protocol):
     """A request of the server: what does not change from its first pass on, and how it ended (exporter thread)."""
 
     rid: str
+    alias: str  # what it is called in the stream
     prompt_tokens: int
     cached_tokens: int
     slice: str  # its label
@@ -81,7 +82,7 @@ class Admission:
     ) -> None:
         self.closed: str | None = "nobody_listening"  # why nothing is captured; the exporter thread sees to it
         self.counts = RequestCounts()
-        self.cut: deque[str] = deque()  # ids, for the exporter thread to announce
+        self.cut: deque[str] = deque()  # aliases, for the exporter thread to announce
         self._ring, self._describe, self._sample, self._max_bytes_s = ring, describe, sample, max_bytes_s
         self._share, self._lowered_by = sample, ""
         self._requests: dict[str, Admitted] = {}
@@ -187,4 +188,4 @@ class Admission:
             one.left_out = reason
             self.counts.left_out[reason] += 1
             self.counts.cut_short += 1
-            self.cut.append(one.request.rid)
+            self.cut.append(one.request.alias)

@@ -88,7 +88,7 @@ class Entry:
             if length:
                 prefix = np.asarray(cached, np.int32).tobytes()
                 spans.append(
-                    Span(r.rid, start, length, row, r.prompt_tokens, r.cached_tokens, prefix=prefix, slice=r.slice)
+                    Span(r.alias, start, length, row, r.prompt_tokens, r.cached_tokens, prefix=prefix, slice=r.slice)
                 )
             row += length
         return spans
@@ -96,7 +96,7 @@ class Entry:
     def _verify_spans(self) -> list[Span]:
         R = self.verified.rows_per_request
         return [
-            Span(r.rid, start, length, b * R, r.prompt_tokens, r.cached_tokens, proposed, refused, slice=r.slice)
+            Span(r.alias, start, length, b * R, r.prompt_tokens, r.cached_tokens, proposed, refused, slice=r.slice)
             for b, (r, (start, length, proposed, refused)) in enumerate(
                 zip(self.requests, self.verified.facts(), strict=True)
             )

@@ -112,14 +112,16 @@ class Exporter:
 
     def _take_ends(self) -> list[Finished]:
         """Requests that were cut short or have ended; all their entries are in the queue already."""
-        ends = [Finished(self.stream, 0, rid, 0, aborted=False, cut_short=True) for rid in _drain(self.admission.cut)]
+        ends = [
+            Finished(self.stream, 0, alias, 0, aborted=False, cut_short=True) for alias in _drain(self.admission.cut)
+        ]
         if time.monotonic() - self._looked_for_ends_s >= _POLL_S:
             self._looked_for_ends_s = time.monotonic()
             for admitted in self.admission.take_ended():
                 if admitted.left_out is None:
                     aborted = admitted.aborted or admitted.request.is_aborted()
                     ends.append(
-                        Finished(self.stream, 0, admitted.request.rid, admitted.request.total_tokens(), aborted)
+                        Finished(self.stream, 0, admitted.request.alias, admitted.request.total_tokens(), aborted)
                     )
         return ends
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import zmq
 
-from sglang_specforge.client import wait_until_captured
+from sglang_specforge.client import run_of, wait_until_captured
 from sglang_specforge.contracts.control import TokenLedger
 from sglang_specforge.contracts.frames import decode
 from sglang_specforge.contracts.spans import Captured
@@ -86,7 +86,8 @@ def test_a_request_names_its_slice_or_stays_out_of_training(start):
         (None, {"X-Draft-Slice": "code"}), (None, {"X-Draft-Training": "false"}),
         ({"draft_training": False}, {"X-Draft-Training": "true"}),
     ]  # fmt: skip
-    expected = {str(i): "code" if i % 3 == 0 else "" for i in range(24) if i % 6 in (0, 2, 3)}
+    run, own = run_of(client.server.url), [str(i) for i in range(24) if i % 6 in (0, 2, 3)]
+    expected = {run.alias(rid): "code" if int(rid) % 3 == 0 else "" for rid in own}
     sampling = {"temperature": 0, "max_new_tokens": 12}
 
     def ask(i):
@@ -114,7 +115,8 @@ def test_a_request_names_its_slice_or_stays_out_of_training(start):
         wait_for("the states of twelve requests", hear, 60)
     socket.close()
     assert [answer.status_code for answer in answers] == [200] * 24
-    assert {rid: sample.slice for rid, sample in samples.items() if len(rid) < 3} == expected
+    assert {rid: sample.slice for rid, sample in samples.items()} == expected
+    assert not set(own) & set(samples)  # no request is called by its id
     assert assembler.open_tokens == 0
     for route, body in (("/generate", {"text": "a"}), ("/v1/completions", {"model": "m", "prompt": "a"})):
         refused = client.post(route, json=body, headers={"X-Draft-Training": "perhaps"})
@@ -153,11 +155,11 @@ def serve_and_listen(client, texts):
     ledger = TokenLedger()
     inbox = Inbox(client.status()["spans_endpoint"], Assembler(ledger, 4096), ledger)
     wait_until_captured(client.server.url)
-    rids, samples = [f"heard-{i}" for i in range(len(texts))], {}
+    run, rids, samples = run_of(client.server.url), [f"heard-{i}" for i in range(len(texts))], {}
 
     def hear():
         samples.update({sample.rid: sample for sample in inbox.receive(0.1)})
-        return set(rids) <= set(samples)
+        return set(map(run.alias, rids)) <= set(samples)
 
     def ask(rid, text):
         # A key of its own keeps the prefix cache out: all of the sequence is computed, and heard.
@@ -172,7 +174,7 @@ def serve_and_listen(client, texts):
         answers = [pool.submit(ask, *request) for request in zip(rids, texts, strict=True)]
         wait_for("the states of all requests", hear, 300)
     inbox.close()
-    return [samples[rid] for rid in rids], [answer.result() for answer in answers]
+    return [samples[run.alias(rid)] for rid in rids], [answer.result() for answer in answers]
 
 
 def assert_simulation_agrees(client, checkpoint, speculation, samples, answers):

@@ -18,6 +18,10 @@ class Request:
     refusal: str | None = None
     is_counted: bool = True
 
+    @property
+    def alias(self):
+        return self.rid
+
     def is_finished(self):
         return self.ended
 

@@ -21,7 +21,8 @@ class Request:
     refusal, is_counted = None, True
 
     def __init__(self, rid, prompt_tokens, cached_tokens=0, slice=""):
-        self.rid, self.prompt_tokens, self.cached_tokens, self.slice = rid, prompt_tokens, cached_tokens, slice
+        self.rid = self.alias = rid
+        self.prompt_tokens, self.cached_tokens, self.slice = prompt_tokens, cached_tokens, slice
         self.ended = False
 
     def is_finished(self):

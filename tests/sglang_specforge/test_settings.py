@@ -48,3 +48,12 @@ def test_a_run_reaches_spawned_processes_whole(tmp_path, monkeypatch):
     monkeypatch.setenv("SGLANG_SPECFORGE_RUN", "")
     run.export()
     assert Run.inherited() == run
+
+
+def test_a_requests_alias_is_the_same_for_whoever_knows_the_run_and_tells_nobody_its_id(tmp_path):
+    run = make_run(tmp_path, make_target(tmp_path / "target"))
+    other = Run(**{name: getattr(run, name) for name in Run.model_fields if name != "salt"})
+    told = Run.model_validate_json(run.model_dump_json())
+    assert told.alias("alice-1") == run.alias("alice-1") != other.alias("alice-1")
+    assert run.alias("alice-1") != run.alias("alice-2")
+    assert "alice" not in run.alias("alice-1")

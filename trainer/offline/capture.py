@@ -18,6 +18,7 @@ from sglang_specforge.client import authorization, wait_until_captured
 from sglang_specforge.contracts.control import TokenLedger
 from sglang_specforge.contracts.frames import Expected
 from sglang_specforge.prepared import Prepared
+from sglang_specforge.settings import Run
 from trainer.assemble import Assembler
 from trainer.inbox import Inbox
 from trainer.offline.writer import DatasetWriter
@@ -54,7 +55,7 @@ class Capture:
         self,
         url: str,
         api_key: str | None,
-        spans_endpoint: str,
+        run: Run,
         expected: Expected,
         writer: DatasetWriter,
         concurrency: int,
@@ -63,9 +64,10 @@ class Capture:
         self._url, self._api_key = url, api_key
         self._writer, self._concurrency = writer, concurrency
         ledger = TokenLedger()
-        self._inbox = Inbox(spans_endpoint, Assembler(ledger, _LONGEST), ledger, expected)
+        self._alias = run.alias
+        self._inbox = Inbox(run.spans_endpoint, Assembler(ledger, _LONGEST), ledger, expected)
         self._client = httpx.Client(base_url=url, headers=authorization(api_key), timeout=_TIMEOUT_S, trust_env=False)
-        self._under_way: dict[str, _Sent] = {}
+        self._under_way: dict[str, _Sent] = {}  # by the request's alias
         self._again: list[_Sent] = []
 
     def run(self, sequences: Iterable[Prepared], on_change: Callable[[Report], Any]) -> Report:
@@ -110,7 +112,7 @@ class Capture:
             else:
                 break
             rid = f"{sequence.id[:32]}-{tries}"
-            self._under_way[rid] = _Sent(sequence, tries, pool.submit(self._ask, rid, sequence.input_ids))
+            self._under_way[self._alias(rid)] = _Sent(sequence, tries, pool.submit(self._ask, rid, sequence.input_ids))
             sent = True
         return sent
 
@@ -141,19 +143,19 @@ class Capture:
 
     def _look_after_answers(self) -> None:
         now_s = time.monotonic()
-        for rid, sent in list(self._under_way.items()):
+        for alias, sent in list(self._under_way.items()):
             if not sent.answer.done():
                 continue
             if error := sent.answer.exception():
                 refused = isinstance(error, httpx.HTTPStatusError) and error.response.is_client_error
-                self._retry(rid, _reason(error), tries=1 if refused else _TRIES)
+                self._retry(alias, _reason(error), tries=1 if refused else _TRIES)
             elif sent.answered_s is None:
                 sent.answered_s = now_s
             elif now_s - sent.answered_s > _ARRIVES_WITHIN_S:
-                self._retry(rid, "its states did not arrive")
+                self._retry(alias, "its states did not arrive")
 
-    def _retry(self, rid: str, reason: str, tries: int = _TRIES) -> None:
-        sent = self._under_way.pop(rid)
+    def _retry(self, alias: str, reason: str, tries: int = _TRIES) -> None:
+        sent = self._under_way.pop(alias)
         if sent.tries < tries:
             self.report.sent_again += 1
             self._again.append(sent)

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from sglang_specforge.client import DEFAULT_URL, ApiKey, NotCaptured, Unanswered, Url, ask, fail
+from sglang_specforge.client import DEFAULT_URL, ApiKey, NotCaptured, Unanswered, Url, fail, run_of
 from sglang_specforge.contracts.frames import Expected
 from sglang_specforge.prepared import PreparedError, PreparedFile
 from sglang_specforge.sockets import EndpointTaken
@@ -38,23 +38,22 @@ def capture(
 
     The server has to run with --enable-draft-training --draft-training-trainer none, on this host.
     """
-    status = ask("GET", url, "/draft/status", api_key, timeout=10).json()
     try:
-        sequences = PreparedFile(data)
-        target = load_target_config(Path(status["target_path"]))
+        run, sequences = run_of(url, api_key), PreparedFile(data)
+        target = load_target_config(Path(run.target_path))
         manifest = Manifest(
-            target_fingerprint=status["target_fingerprint"],
-            target_path=status["target_path"],
-            served_dtype=status["served_dtype"],
+            target_fingerprint=run.target_fingerprint,
+            target_path=run.target_path,
+            served_dtype=run.served_dtype,
             hidden_size=target.hidden_size,
-            stored=status["served_dtype"] if store == "served" else store,
+            stored=run.served_dtype if store == "served" else store,
         )
         if estimate:
             show_estimate(sequences, manifest, out)
             return
         writer = DatasetWriter(out, manifest, shard_mb << 20)
         expected = Expected(target.hidden_size, target.vocab_size, manifest.served_dtype)
-        report = _run(Capture(url, api_key, status["spans_endpoint"], expected, writer, concurrency), sequences)
+        report = _run(Capture(url, api_key, run, expected, writer, concurrency), sequences)
     except (PreparedError, DatasetError, TargetError, EndpointTaken, NotCaptured, Unanswered) as error:
         fail(str(error))
     console.print(
