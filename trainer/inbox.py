@@ -59,7 +59,7 @@ class Inbox:
         samples = []
         wait_for_any([self], wait_s)
         for _ in range(_MOST_AT_ONCE):
-            if not self._socket.poll(0):
+            if not self._socket.get(zmq.EVENTS) & zmq.POLLIN:
                 self._let_go()
                 break
             samples += self.take(self._receive_frames())

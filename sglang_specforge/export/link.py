@@ -43,7 +43,7 @@ class Link:
 
     def is_read(self) -> bool:
         self._look_for_partings()
-        return bool(self._socket.poll(0, zmq.POLLOUT))
+        return bool(self._socket.get(zmq.EVENTS) & zmq.POLLOUT)
 
     def send(self, message: Message) -> bool:
         """Whether somebody reads it."""
@@ -88,7 +88,7 @@ class Link:
     def _look_for_partings(self) -> None:
         """What a reader that is gone had not read is nobody's. One that comes is told the segment anew, so that none
         can speak for another."""
-        while self._events.poll(0):
+        while self._events.get(zmq.EVENTS) & zmq.POLLIN:
             recv_monitor_message(self._events)
             if self._segment is None:
                 continue
