@@ -134,7 +134,11 @@ class ControlService:
                     message = control.decode(data)
                 except msgspec.MsgspecError as error:
                     self._unreadable += 1
-                    logger.warning("draft training: a control message cannot be read: %s", error)
+                    if self._unreadable.bit_count() == 1:  # the first, and then ever fewer
+                        logger.warning(
+                            "draft training: %d control messages cannot be read, the last one: %s",
+                            self._unreadable, error,
+                        )  # fmt: skip
                     continue
                 if isinstance(message, control.VersionReady):
                     self._announced.put_nowait(Path(message.path))
