@@ -5,6 +5,7 @@ vocabulary D, ``d2t`` [D] holds, for each draft id, the target id minus the draf
 the draft knows. Its other tensors are those of its kind (``sglang_specforge.drafts``).
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from sglang_specforge.drafts import CheckpointError, expected_shapes, kind_of
 
 FINGERPRINT_KEY = "specforge_target_fingerprint"
+CONTENT_KEY = "specforge_sha256"  # of model.safetensors, as it was written here
 
 
 def save_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
@@ -23,7 +25,13 @@ def save_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, tor
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)
-    save_config(folder, config)
+    save_config(folder, {**config, CONTENT_KEY: content_of(folder)})
+
+
+def content_of(folder: Path) -> str:
+    """SHA-256 of ``model.safetensors``. Raises OSError."""
+    with (folder / "model.safetensors").open("rb") as weights:
+        return hashlib.file_digest(weights, "sha256").hexdigest()
 
 
 def save_config(folder: Path, config: dict[str, Any]) -> None:
@@ -46,8 +54,8 @@ def load_checked(folder: Path, served: dict[str, Any], fingerprint: str) -> dict
 
     Raises:
         CheckpointError: it was trained for another target, a tensor is missing, unknown, of another shape, or
-            not finite, ``d2t`` and ``t2d`` do not describe one draft vocabulary, or a setting that changes what the
-            weights compute differs from the served one.
+            not finite, ``d2t`` and ``t2d`` do not describe one draft vocabulary, a setting that changes what the
+            weights compute differs from the served one, or the weights are not those that were written.
     """
     config, tensors = load_config(folder), read_tensors(folder)
     check_tensors(folder, {**served, FINGERPRINT_KEY: config.get(FINGERPRINT_KEY)}, tensors, fingerprint)
@@ -56,6 +64,8 @@ def load_checked(folder: Path, served: dict[str, Any], fingerprint: str) -> dict
             raise CheckpointError(
                 f"draft checkpoint {folder}: {name} is {config.get(name)!r}, of the served draft {served.get(name)!r}"
             )
+    if (written := config.get(CONTENT_KEY)) not in (None, found := content_of(folder)):
+        raise CheckpointError(f"draft checkpoint {folder}: SHA-256 of model.safetensors is {found}, not {written}")
     return tensors
 
 

@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
-from sglang_specforge import status_view, traffic
+from sglang_specforge import status_view, traffic, versions_cli
+from sglang_specforge.ab.cli import app as ab_app
 from sglang_specforge.checkpoint import CheckpointError
 from sglang_specforge.client import DEFAULT_URL, ApiKey, Url, ask, fail
 from sglang_specforge.demo import run_demo
@@ -83,10 +84,8 @@ def swap(
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
-    """Put a draft checkpoint into the live server. A running trainer replaces it with its next version."""
+    """Put a draft checkpoint into the live server. A trainer's better version replaces it."""
     answer = ask("POST", url, "/draft/versions", api_key, json={"path": str(checkpoint.absolute())}, timeout=180)
-    if answer.status_code == 422:
-        fail(answer.json()["message"], code=1)
     console.print(f"version {answer.json()['version']} is active")
 
 
@@ -115,6 +114,10 @@ def drive_traffic(
 
 app.command("demo")(run_demo)
 app.command()(prepare_data)
+for _command in (versions_cli.versions, versions_cli.activate, versions_cli.rollback, versions_cli.gate):
+    app.command()(_command)
+app.command()(versions_cli.events)
+app.add_typer(ab_app, name="ab")
 for _command in importlib.metadata.entry_points(group=_COMMANDS):
     app.command(_command.name)(_command.load())
 

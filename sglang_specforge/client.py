@@ -13,6 +13,7 @@ from sglang_specforge.settings import Run
 Url = Annotated[str, typer.Option(help="Address of the server.")]
 ApiKey = Annotated[str | None, typer.Option(envvar="SGLANG_API_KEY", help="The server's --api-key.")]
 _POLL_S = 0.1
+_REFUSALS = (400, 404, 409, 422)
 DEFAULT_URL = "http://127.0.0.1:30000"
 
 errors = Console(stderr=True)
@@ -28,7 +29,7 @@ class Unanswered(RuntimeError):
 
 
 def request(method: str, url: str, path: str, api_key: str | None, **kwargs: Any) -> httpx.Response:
-    """The server's answer, success or 422.
+    """The server's answer: success, or a refusal of what was asked (``refusal``).
 
     Raises:
         Unanswered: for anything else.
@@ -37,21 +38,34 @@ def request(method: str, url: str, path: str, api_key: str | None, **kwargs: Any
         answer = httpx.request(method, url + path, headers=authorization(api_key), trust_env=False, **kwargs)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise Unanswered(f"{url} does not answer ({error}); is the server up, and its address right?") from error
-    if answer.status_code == 404:
+    if answer.status_code == 404 and refusal(answer) in (None, "Not Found"):
         raise Unanswered(f"the server at {url} runs without --enable-draft-training")
     if answer.status_code in (401, 403):
         raise Unanswered(f"the server at {url} wants its key; give --api-key or set SGLANG_API_KEY")
-    if answer.is_error and answer.status_code != 422:
+    if answer.is_error and refusal(answer) is None:
         raise Unanswered(f"{url}{path} answered {answer.status_code}: {answer.text[:300]}")
     return answer
 
 
-def ask(method: str, url: str, path: str, api_key: str | None, **kwargs: Any) -> httpx.Response:
-    """``request`` of a command, which ends where there is no answer."""
+def refusal(answer: httpx.Response) -> str | None:
+    """Why the server refused what was asked; None where it did not, or in no way that is understood here."""
+    if answer.status_code not in _REFUSALS:
+        return None
     try:
-        return request(method, url, path, api_key, **kwargs)
+        return answer.json().get("message")
+    except ValueError:
+        return None
+
+
+def ask(method: str, url: str, path: str, api_key: str | None, **kwargs: Any) -> httpx.Response:
+    """``request`` of a command, which ends with exit code 2 where there is no answer, and with 1 at a refusal."""
+    try:
+        answer = request(method, url, path, api_key, **kwargs)
     except Unanswered as error:
         fail(str(error))
+    if (why := refusal(answer)) is not None:
+        fail(why, code=1)
+    return answer
 
 
 def run_of(url: str, api_key: str | None = None) -> Run:

@@ -1,4 +1,4 @@
-"""The server's control service: hears the trainer, has versions staged and swapped, and answers for the status.
+"""The server's control service: hears the trainer, has versions swapped and compared, and answers for the status.
 
 It runs as tasks of the HTTP server's event loop, so nothing here may block; the schedulers do the loading and
 copying themselves (``draft_bank``).
@@ -9,77 +9,67 @@ import contextlib
 import logging
 import time
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import msgspec
 import zmq
 import zmq.asyncio
 
-from sglang_specforge.checkpoint import CheckpointError
+from sglang_specforge.ab.experiment import Experiments
+from sglang_specforge.checkpoint import CONTENT_KEY, CheckpointError, load_config
 from sglang_specforge.contracts import control
+from sglang_specforge.export.acceptance import summary
+from sglang_specforge.guard import Guard
+from sglang_specforge.metrics import Metrics
 from sglang_specforge.settings import Run
 from sglang_specforge.supervisor import TrainerSupervisor
-from sglang_specforge.versions import VersionFolder
+from sglang_specforge.swaps import DraftHeld, Engine, NotAttached, SwapRefused, Swaps, UnknownVersion
 
 logger = logging.getLogger(__name__)
 
-_SWAP_POLL_S = 0.2  # each look costs the scheduler a copy of its configuration
-_STAGE_LIMIT_S = 120.0
+_GUARD_EVERY_S, _METRICS_EVERY_S = 2.0, 2.0
+_VERDICTS = 256  # that are remembered
 _SILENT_S = 10.0  # a trainer not heard of for so long is shown as lagging
-
-
-class Engine(Protocol):
-    """What the service asks of the serving engine; both reach every scheduler."""
-
-    async def set_state(self, key: str, value: int) -> bool: ...
-    async def get_states(self) -> list[dict[str, Any]]: ...
 
 
 class ControlService:
     """One per server."""
 
     def __init__(self, run: Run, engine: Engine) -> None:
+        self.swaps = Swaps(run, engine)
+        self.experiments = Experiments(self.swaps, run.run_dir / "ab")
         self._run, self._engine = run, engine
-        self._versions = VersionFolder(run.run_dir)
         self._supervisor = TrainerSupervisor(run) if run.settings.trainer == "spawn" else None
         self._heartbeat = control.Heartbeat()
         self._heard_at: float | None = None
-        self._announced: asyncio.Queue[Path] = asyncio.Queue()
+        self._announced: asyncio.Queue[control.VersionReady] = asyncio.Queue()
+        self._guard = Guard()
+        self._verdicts: dict[int, control.Verdict] = {}
         self._unreadable = 0
-        self._failed_swaps: dict[int, str] = {}  # those that no rank refused; the banks keep their own
-        self._swapping = asyncio.Lock()
 
     async def run(self) -> None:
         """Until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._listen())
-            tasks.create_task(self._swap_announced())
-            if self._supervisor is not None:
-                tasks.create_task(self._supervisor.keep_alive())
-
-    async def swap_in(self, checkpoint: Path) -> int:
-        """Make a checkpoint the next version and activate it; returns its number.
-
-        Raises:
-            CheckpointError: it cannot be read.
-            SwapRefused: it does not fit the served target or draft; the active version stays.
-        """
-        version = await self._adopt(checkpoint)
-        await self._swap(version)
-        return version
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._listen())
+                tasks.create_task(self._take_announced())
+                tasks.create_task(self._watch_acceptance())
+                tasks.create_task(self._show_metrics())
+                if self._supervisor is not None:
+                    tasks.create_task(self._supervisor.keep_alive())
+        finally:
+            self.experiments.abandon()
 
     async def switch_capture(self, enabled: bool) -> None:
         """Have every exporter capture, or pause."""
-        await self._engine.set_state("draft_training_capture", int(enabled))
+        await self._engine.set_state(draft_training_capture=int(enabled))
 
     async def status(self) -> dict[str, Any]:
         """The answer of ``GET /draft/status``. Raises NotAttached."""
-        ranks = await self._ranks()
+        ranks = await self.swaps.ranks()
         exports = [rank["export"] for rank in ranks if rank["export"]]
-        by_version = [export["acceptance_by_version"] for export in exports]
         ledger = self._heartbeat.ledger
         captured, sent = (sum(export[key] for export in exports) for key in ("captured", "sent"))
-        dropped = _add_up([export["dropped"] for export in exports] + [ledger.dropped])
         return {
             "target_fingerprint": self._run.target_fingerprint,
             "target_path": self._run.target_path,
@@ -88,30 +78,43 @@ class ControlService:
             "draft": {
                 **ranks[0]["bank"],
                 "started_from": self._run.draft_path,
-                "failed_swaps": {str(v): why for v, why in self._failed_swaps.items()},
+                "failed_swaps": {str(v): why for v, why in self.swaps.failed.items()},
+                "gate": self.swaps.gate,
+                "held_by": self.swaps.holder,
+                "guard": self._guard.status(),
             },
-            "acceptance": _acceptance([export["acceptance"] for export in exports]),
-            "acceptance_by_version": {
-                version: _acceptance([export[version] for export in by_version if version in export])
-                for version in sorted({v for export in by_version for v in export}, key=int)
-            },
+            "acceptance": summary(export["committed"] for export in exports),
+            "acceptance_by_version": _acceptance_by_version(exports),
             "tokens": {
                 "captured": captured,
                 "trained": ledger.trained,
                 "held_out": ledger.held_out,
                 "buffered": ledger.buffered,
                 "in_flight": sent - ledger.received,
-                "dropped": dropped,
+                "dropped": _add_up([export["dropped"] for export in exports] + [ledger.dropped]),
             },
             "export": exports,
             "trainer": self._trainer_status(),
         }
 
-    async def _ranks(self) -> list[dict[str, Any]]:
-        states = await self._engine.get_states()
-        if not all("draft_training" in state for state in states):
-            raise NotAttached("a scheduler runs without draft training: its plugin did not load; see the server's log")
-        return [state["draft_training"] for state in states]
+    async def versions(self) -> list[dict[str, Any]]:
+        """The answer of ``GET /draft/versions``: every version of the run folder, oldest first. Raises NotAttached."""
+        ranks = await self.swaps.ranks()
+        acceptance = _acceptance_by_version([rank["export"] for rank in ranks if rank["export"]])
+        bank = ranks[0]["bank"]
+        return [
+            {
+                "version": version,
+                "path": str(path := self.swaps.path(version)),
+                "sha256": load_config(path).get(CONTENT_KEY),
+                "active": version == bank["active_version"],
+                "resident": version in bank["resident_versions"],
+                "refused": bank["refused"].get(str(version)) or self.swaps.failed.get(version),
+                "verdict": msgspec.to_builtins(self._verdicts.get(version)),
+                "acceptance": acceptance.get(str(version)),
+            }
+            for version in self.swaps.known_versions()
+        ]
 
     def _trainer_status(self) -> dict[str, Any]:
         silent_s = None if self._heard_at is None else time.monotonic() - self._heard_at
@@ -141,61 +144,65 @@ class ControlService:
                         )  # fmt: skip
                     continue
                 if isinstance(message, control.VersionReady):
-                    self._announced.put_nowait(Path(message.path))
+                    self._announced.put_nowait(message)
                 else:
                     self._heartbeat, self._heard_at = message, time.monotonic()
         finally:
             socket.close(linger=0)
             context.term()
 
-    async def _swap_announced(self) -> None:
+    async def _take_announced(self) -> None:
+        """What a trainer publishes goes live, or waits: for the gate, for a person, and in any case for the end of an
+        A/B."""
         while True:
-            checkpoint = await self._announced.get()
+            announced = [await self._announced.get()]
+            await self.swaps.is_free.wait()
             while not self._announced.empty():
-                checkpoint = self._announced.get_nowait()  # only the newest is worth a swap
+                announced.append(self._announced.get_nowait())
+            better = [ready for ready in announced if ready.verdict is None or ready.verdict.passed]
+            newest = (better if better and self.swaps.gate == "auto" else announced)[-1]  # one is worth a swap
             try:
-                await self._swap(self._versions.number(checkpoint) or await self._adopt(checkpoint))
-            except (CheckpointError, SwapRefused, NotAttached) as error:
-                logger.error("draft training: %s stays out: %s", checkpoint, error)
+                await self._take(newest)
+            except (CheckpointError, UnknownVersion, SwapRefused, DraftHeld, NotAttached) as error:
+                logger.error("draft training: %s stays out: %s", newest.path, error)
 
-    async def _adopt(self, checkpoint: Path) -> int:
-        """Copy a checkpoint in; of the older versions, the one that is active stays besides the newest."""
-        active = (await self._ranks())[0]["bank"]["active_version"]
-        return await asyncio.to_thread(
-            self._versions.adopt, checkpoint, self._run.settings.keep_versions, [self._run.version_path(active)]
-        )
+    async def _take(self, ready: control.VersionReady) -> None:
+        version, verdict, gate = await self.swaps.add(Path(ready.path), "trainer"), ready.verdict, self.swaps.gate
+        if verdict is not None:
+            self._verdicts[version] = verdict
+            if len(self._verdicts) > _VERDICTS:
+                del self._verdicts[min(self._verdicts)]
+        why = verdict.why if verdict else "not compared"
+        if gate == "off" or (gate == "auto" and (verdict is None or verdict.passed)):
+            await self.swaps.activate(version, "trainer", why)
+        else:
+            event = "proposed" if gate == "propose" else "held_back"
+            self.swaps.audit.write(event, "gate", version=version, why=why)
 
-    async def _swap(self, version: int) -> None:
-        """One swap at a time. Raises SwapRefused; the active version stays."""
-        async with self._swapping:
-            try:
-                await asyncio.wait_for(self._stage_and_activate(version), _STAGE_LIMIT_S)
-            except TimeoutError as error:
-                self._failed_swaps[version] = f"not staged on every rank within {_STAGE_LIMIT_S:.0f} s"
-                raise SwapRefused(self._failed_swaps[version]) from error
-
-    async def _stage_and_activate(self, version: int) -> None:
-        """Have every rank load the version, then activate it on all of them in one scheduler iteration."""
-        await self._engine.set_state("draft_training_stage", version)
+    async def _watch_acceptance(self) -> None:
+        """After each activation, live acceptance of the new version against that of the one before it."""
+        guard = self._guard
         while True:
-            await asyncio.sleep(_SWAP_POLL_S)
-            banks = [rank["bank"] for rank in await self._ranks()]
-            for bank in banks:
-                if reason := bank["refused"].get(str(version)):
-                    raise SwapRefused(reason)
-            if not all(bank["staged_version"] == version for bank in banks):
+            await asyncio.sleep(_GUARD_EVERY_S)
+            if self.swaps.holder is not None or self.swaps.gate == "off":
+                guard.forget()
                 continue
-            # One rank answers for its TP group; where another is still loading, all ranks decline alike.
-            if await self._engine.set_state("draft_training_activate", version):
-                return
+            try:
+                ranks = await self.swaps.ranks()
+                version = ranks[0]["bank"]["active_version"]
+                acceptance = _acceptance_by_version([rank["export"] for rank in ranks if rank["export"]])
+                if (why := guard.look(version, acceptance.get(str(version)))) and version == self.swaps.active:
+                    logger.warning("draft training: version %d is taken back: %s", version, why)
+                    await self.swaps.roll_back("guard", why)
+            except (SwapRefused, DraftHeld, UnknownVersion, NotAttached) as error:
+                logger.error("draft training: the guard cannot do its work: %s", error)
 
-
-class NotAttached(RuntimeError):
-    """The schedulers do not run the plugin."""
-
-
-class SwapRefused(RuntimeError):
-    """A rank found the version unusable."""
+    async def _show_metrics(self) -> None:
+        metrics = Metrics.served()
+        while metrics is not None:
+            await asyncio.sleep(_METRICS_EVERY_S)
+            with contextlib.suppress(NotAttached):  # said where the status is asked for
+                metrics.show(await self.status())
 
 
 @contextlib.asynccontextmanager
@@ -216,10 +223,10 @@ def _log_failure(task: asyncio.Task) -> None:
         logger.error("draft training: control service ended; serving goes on", exc_info=task.exception())
 
 
-def _acceptance(counts: list[list[int]]) -> dict[str, float | None]:
-    """Verify passes (one a request), the tokens they committed, and tokens a pass, over all exporters."""
-    passes, tokens = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0)
-    return {"passes": passes, "tokens": tokens, "length": tokens / passes if passes else None}
+def _acceptance_by_version(exports: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    histograms = [export["committed_by_version"] for export in exports]
+    versions = sorted({version for by_version in histograms for version in by_version}, key=int)
+    return {v: summary(by_version[v] for by_version in histograms if v in by_version) for v in versions}
 
 
 def _add_up(counts: list[dict[str, int]]) -> dict[str, int]:

@@ -1,7 +1,8 @@
-"""Draft versions resident in this rank: one is active, one may be staged. A swap is a copy between two steps."""
+"""Draft versions resident in this rank, one of them active. A swap is a copy between two steps."""
 
 import logging
 import threading
+import time
 from typing import Any, Protocol
 
 import torch
@@ -19,48 +20,75 @@ class SwappableDraft(Protocol):
 
     def load_shadows(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]: ...
     def copy_in(self, shadows: dict[str, torch.Tensor]) -> None: ...
+    def copy_out(self) -> dict[str, torch.Tensor]: ...
 
 
 class DraftBank:
-    """Stages in a background thread; activation is called by the scheduler between two steps."""
+    """Loads in a background thread; the scheduler activates between two steps.
+
+    Which versions are loaded, evicted and activated is decided once for all ranks (``sglang_specforge.swaps``).
+    """
 
     def __init__(self, live: SwappableDraft, run: Run) -> None:
-        self.active_version = 0
+        self.active_version = run.draft_version
+        self.window = 0  # of an A/B; 0: none
         self._live, self._run = live, run
-        self._config = load_config(run.version_path(0))
-        self._staged: tuple[int, dict[str, torch.Tensor]] | None = None
-        self._swaps = 0
+        self._config = load_config(run.version_path(run.draft_version))
+        self._resident: dict[int, dict[str, torch.Tensor]] = {}
+        self._swaps = self._active_since_step = 0
+        self._longest_swap_s = 0.0  # of the scheduler thread; on CUDA, until the copies are queued
         self._refused: dict[int, str] = {}
 
-    def stage(self, version: int) -> None:
-        """Start loading a version from the run's folder; returns at once."""
-        threading.Thread(target=self._load, args=(version,), name=f"specforge-stage-{version}", daemon=True).start()
+    def load(self, version: int) -> None:
+        """Start making a version of the run's folder resident; returns at once (scheduler thread)."""
+        if not self._resident:  # the live draft is all there is of the first version
+            self._resident[self.active_version] = self._live.copy_out()
+        self._refused.pop(version, None)
+        if version not in self._resident:
+            threading.Thread(target=self._load, args=(version,), name=f"specforge-load-{version}", daemon=True).start()
 
-    def is_staged(self, version: int) -> bool:
-        return self._staged is not None and self._staged[0] == version
+    def evict(self, version: int) -> None:
+        """Forget a version, whether it is resident or not."""
+        self._resident.pop(version, None)
 
-    def activate(self, version: int) -> None:
-        """Copy a staged version in place; the caller made sure that every rank has staged it."""
-        _, shadows = self._staged
-        self._live.copy_in(shadows)
-        self.active_version, self._staged = version, None
+    def is_resident(self, version: int) -> bool:
+        return version in self._resident or version == self.active_version
+
+    def refuse(self, version: int, why: str) -> None:
+        """Remember why a version cannot be activated."""
+        self._refused[version] = why
+        if len(self._refused) > _REFUSALS:
+            del self._refused[min(self._refused)]
+        logger.error("draft training: version %d refused: %s", version, why)
+
+    def refuses(self, version: int) -> bool:
+        return version in self._refused
+
+    def activate(self, version: int, step: int) -> None:
+        """Copy a resident version in place, before the scheduler's step ``step``; the caller made sure that it is
+        resident on every rank."""
+        begun_s = time.perf_counter()
+        if version in self._resident:  # else it is the first, and live
+            self._live.copy_in(self._resident[version])
+        self._longest_swap_s = max(self._longest_swap_s, time.perf_counter() - begun_s)
+        if version != self.active_version:
+            logger.info("draft training: version %d is active", version)
+        self.active_version, self._active_since_step = version, step
         self._swaps += 1
-        logger.info("draft training: version %d is active", version)
 
     def status(self) -> dict[str, Any]:
         return {
             "active_version": self.active_version,
-            "staged_version": self._staged[0] if self._staged else None,
+            "active_since_step": self._active_since_step,
+            "resident_versions": sorted({*self._resident, self.active_version}),
             "swaps": self._swaps,
+            "longest_swap_s": self._longest_swap_s,
             "refused": {str(v): why for v, why in list(self._refused.items())},
         }
 
     def _load(self, version: int) -> None:
         try:
             tensors = load_checked(self._run.version_path(version), self._config, self._run.target_fingerprint)
-            self._staged = (version, self._live.load_shadows(tensors))
+            self._resident[version] = self._live.load_shadows(tensors)
         except (CheckpointError, RuntimeError) as error:  # RuntimeError: out of memory, a loader's refusal
-            self._refused[version] = str(error)
-            if len(self._refused) > _REFUSALS:
-                del self._refused[min(self._refused)]
-            logger.error("draft training: version %d refused: %s", version, error)
+            self.refuse(version, str(error))

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from sglang_specforge.manifest import Mode
 from sglang_specforge.training_settings import Job, TrainingSettings
 
 RUN_VARIABLE = "SGLANG_SPECFORGE_RUN"
@@ -39,6 +40,13 @@ class OnlineSettings(TrainingSettings):
     epochs_per_token: float = Field(4.0, gt=0, description="How often, on average, a captured token is trained on.")
     holdout_every: int = Field(
         20, ge=2, description="About one sequence in so many is held out for evaluation, by its content."
+    )
+    evaluated_samples: int = Field(32, ge=1, description="Newest held-out samples that each version is evaluated on.")
+    gate_confidence: float = Field(
+        0.95, gt=0.5, lt=1, description="Of a new version's gain over the draft in service, before it goes live."
+    )
+    gate_slice_loss: float = Field(
+        0.05, ge=0, description="Most that a slice may lose of its acceptance length, as a share, before it does."
     )
     publish_every_s: float = Field(60.0, gt=0, description="Shortest time between two published versions, in seconds.")
 
@@ -80,12 +88,25 @@ class DraftTrainingSettings(OnlineSettings):
         json_schema_extra={"flag": "draft-capture-max-mb-s"},
     )
     draft_vocab_size: int = Field(32_000, ge=8, description="Largest draft vocabulary of a draft created here.")
+    bank_slots: int = Field(
+        3,
+        ge=2,
+        description="Draft versions that stay in the memory of each rank's device, the active one among them.",
+        json_schema_extra={"flag": "draft-bank-slots"},
+    )
+    gate: Mode = Field(
+        "auto",
+        description="Of new versions. auto: those that are better on held-out samples go live, and are taken back "
+        "where live acceptance falls. propose: they wait for POST /draft/activate. off: all go live.",
+        json_schema_extra={"flag": "draft-gate"},
+    )
 
 
 class Run(Job):
     """One server run: the settings and everything the launcher decided from them."""
 
     settings: DraftTrainingSettings
+    draft_version: int = Field(0, description="Number of the version at draft_path, where it is one of the run folder.")
     spans_endpoint: str = Field(description="ZMQ endpoint that the trainer binds for captured spans.")
     control_endpoint: str = Field(description="ZMQ endpoint that the server binds for the trainer's messages.")
     salt: str = Field(default_factory=lambda: secrets.token_hex(16), description="Of request ids in the stream.")

@@ -20,6 +20,7 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
     dropped = {reason: count for reason, count in tokens["dropped"].items() if count}
     rows = [
         ("draft version", f"{draft['active_version']} active, {draft['swaps']} swaps"),
+        ("  gate", f"{draft['gate']}{', held by ' + draft['held_by'] if draft['held_by'] else ''}"),
         ("acceptance length", f"{_number(status['acceptance']['length'])} overall"),
         ("  by version", "  ".join(f"{v}: {n['length']:.2f}" for v, n in list(by_version.items())[-8:]) or "-"),
         ("requests captured", _requests(status["export"])),

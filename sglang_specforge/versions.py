@@ -8,7 +8,15 @@ from typing import Any
 
 import torch
 
-from sglang_specforge.checkpoint import CheckpointError, load_config, save_checkpoint, save_config
+from sglang_specforge.checkpoint import (
+    CONTENT_KEY,
+    CheckpointError,
+    content_of,
+    load_config,
+    save_checkpoint,
+    save_config,
+)
+from sglang_specforge.manifest import Manifest
 
 
 class VersionFolder:
@@ -27,10 +35,21 @@ class VersionFolder:
     def newest(self) -> int | None:
         return max(self.published(), default=None)
 
+    def last_active(self) -> int:
+        """What the run folder's server had active last; 0: the draft that it started with. Where no server has noted
+        that, or its version is gone, the newest.
+
+        Raises:
+            CheckpointError: the note cannot be read.
+        """
+        noted = Manifest.load(self.root).active if (self.root / "manifest.json").exists() else None
+        return noted if noted in (0, *self.published()) else self.newest() or 0
+
     def publish(
         self, config: dict[str, Any], tensors: dict[str, torch.Tensor], keep: int, spared: Collection[Path | None] = ()
     ) -> int:
-        """Write the next version, delete all but the newest ``keep`` and ``spared``; returns its number."""
+        """Write the next version, delete all but the newest ``keep``, those in use and ``spared``; returns its
+        number."""
         version = self._claim()
         save_checkpoint(self.path(version), config, tensors)
         self._prune(keep, spared)
@@ -53,13 +72,23 @@ class VersionFolder:
         ours = checkpoint.parent == self.root and checkpoint.name.isdigit()
         return int(checkpoint.name) if ours else None
 
-    def adopt(self, checkpoint: Path, keep: int, spared: Collection[Path | None] = ()) -> int:
-        """Copy a checkpoint from elsewhere in as the next version, and delete like ``publish``; returns its number.
+    def adopt(self, checkpoint: Path, keep: int) -> int:
+        """Copy a checkpoint from elsewhere in as the next version, and delete like ``publish``; returns its number, or
+        that of the version which it already is.
 
         Raises:
             CheckpointError: there is none, or no room for a copy.
         """
         config = load_config(checkpoint)
+        try:
+            config = {**config, CONTENT_KEY: content_of(checkpoint)}
+        except OSError as error:
+            raise CheckpointError(
+                f"draft checkpoint {checkpoint}: model.safetensors cannot be read: {error}"
+            ) from error
+        for known in reversed(self.published()):
+            if load_config(self.path(known)) == config:
+                return known
         version = self._claim()
         try:
             shutil.copyfile(checkpoint / "model.safetensors", self.path(version) / "model.safetensors")
@@ -69,13 +98,14 @@ class VersionFolder:
             raise CheckpointError(
                 f"draft checkpoint {checkpoint} cannot be copied to {self.path(version)}: {error}"
             ) from error
-        self._prune(keep, spared)
+        self._prune(keep)
         return version
 
-    def _prune(self, keep: int, spared: Collection[Path | None]) -> None:
-        for old in map(self.path, self.published()[:-keep]):
-            if old not in spared:
-                shutil.rmtree(old, ignore_errors=True)
+    def _prune(self, keep: int, spared: Collection[Path | None] = ()) -> None:
+        in_use = Manifest.load(self.root).in_use
+        for old in self.published()[:-keep]:
+            if old not in in_use and self.path(old) not in spared:
+                shutil.rmtree(self.path(old), ignore_errors=True)
 
     def _claim(self) -> int:
         """A folder of the next number, made by this call alone: trainer and server both add versions."""

@@ -109,6 +109,9 @@ class AttachedServers:
         """Servers may come back at any time, but a process without its launcher has to end."""
         return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self._parent_pid
 
+    def served(self) -> int | None:
+        return None
+
     def _problem(self, run: Run) -> str | None:
         for name in _ALIKE:
             if (found := getattr(run, name)) != (expected := getattr(self._job, name)):

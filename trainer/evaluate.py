@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sglang_specforge.contracts.control import Verdict
 from sglang_specforge.training_settings import Speculation
 from trainer.draft import Begun, Draft
 from trainer.draft_tree import accepted_by_tree
@@ -56,6 +57,15 @@ class Simulated:
     def by_position(self) -> list[float]:
         """Share of verifications in which a draft was accepted at each place."""
         return [accepted / self.verify_steps if self.verify_steps else 0.0 for accepted in self.accepted_K]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A version on held-out samples."""
+
+    overall: Simulated
+    slices: dict[str, Simulated]
+    verdict: Verdict | None  # against the draft in service, where there is one
 
 
 @torch.no_grad()

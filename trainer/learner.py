@@ -19,7 +19,7 @@ from sglang_specforge.drafts import kind_of
 from sglang_specforge.target import load_embedding_and_head
 from sglang_specforge.training_settings import Job
 from trainer.draft import Draft
-from trainer.evaluate import Simulated, by_slice, simulate
+from trainer.evaluate import Simulated, simulate
 from trainer.loss import FrozenTarget, Goal, unroll
 from trainer.objectives import LkLambda
 from trainer.optimizer import make_optimizers, set_learning_rates
@@ -99,17 +99,24 @@ class Learner:
         accuracy_K, self.acceptance_K = shares[: settings.ttt_steps], shares[settings.ttt_steps :]
         return Trained(self.step, loss, norm.item(), accuracy_K, tokens_by_rank)
 
-    def simulate(self, passes: list[list[Sample]]) -> dict[str, Simulated]:
-        """Greedy acceptance of the server's speculation, by slice, on this process's samples and all others'.
+    def simulate(self, passes: list[list[Sample]], checkpoint: Path | None = None) -> list[tuple[str, Simulated]]:
+        """Greedy acceptance of the server's speculation: slice and result of each of this process's samples and all
+        others', with the weights as they are, or with those of a checkpoint.
 
         A pass is of one sample, or of none.
+
+        Raises:
+            CheckpointError: it cannot be read.
         """
+        draft = self.draft
+        if checkpoint is not None:
+            draft = load_draft(self._job, checkpoint).to(self._device, getattr(torch, self._job.training_dtype))
         found = []
         for own in passes:
             [sample] = own or [self._idle_sample()]
-            found.append((sample.slice, simulate(self.draft, self.target, [sample], self._job.speculation)))
+            found.append((sample.slice, simulate(draft, self.target, [sample], self._job.speculation)))
         everyones = gather(found, list[tuple[str, Simulated]])
-        return by_slice(pair for pairs in everyones for pair in pairs if pair[1].sequences)
+        return [pair for pairs in everyones for pair in pairs if pair[1].sequences]
 
     def export(self) -> dict[str, Tensor]:
         """Whole tensors on the host of the first process, in the served dtype, named as a checkpoint's."""

@@ -1,17 +1,22 @@
 """The trainer's main loop: draw a step's samples, learn from them, publish what was learnt."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
+from sglang_specforge.checkpoint import CheckpointError
+from sglang_specforge.contracts.control import Verdict
 from sglang_specforge.training_settings import Job
 from sglang_specforge.versions import VersionFolder
-from trainer.evaluate import Simulated
+from trainer.evaluate import Evaluated, Simulated, by_slice
+from trainer.gate import Judged, compare
 from trainer.learner import Learner, Trained
 from trainer.resume import Checkpoints, Position
 from trainer.sample import Sample
+from trainer.share import tell
 
 
 class Source(Protocol):
@@ -28,7 +33,10 @@ class Source(Protocol):
     def wants_version(self, step: int) -> bool: ...
     def position(self) -> Position: ...
     def trained(self, result: Trained) -> None: ...
-    def published(self, version: int, step: int, simulated: Simulated, slices: dict[str, Simulated]) -> None: ...
+    def rival(self) -> Path | None:
+        """Checkpoint of the draft in service, that a new version is compared with; None where there is none."""
+
+    def published(self, version: int, step: int, evaluated: Evaluated) -> None: ...
     def beat(self, learning: bool) -> None: ...
     def close(self) -> None: ...
 
@@ -67,22 +75,36 @@ class Trainer:
         self._source.close()
 
     def _publish(self) -> None:
-        slices = self._learner.simulate(self._source.held_out())
-        simulated = sum(slices.values(), Simulated.nothing(self._job.speculation.steps))
+        held_out = self._source.held_out()
+        found = self._learner.simulate(held_out)
+        slices = by_slice(found)
+        overall = sum(slices.values(), Simulated.nothing(self._job.speculation.steps))
+        evaluated = Evaluated(overall, slices, self._judge(held_out, found))
         tensors = self._learner.export()
         version = None
         if self._first:
             # A restarted trainer reads the configuration of the draft that it started with.
-            spared = [self._job.version_path(0), self._versions.best()]
+            spared = [self._job.version_path(0), self._versions.best(), self._source.rival()]
             version = self._versions.publish(
                 self._learner.config, tensors, keep=self._job.settings.keep_versions, spared=spared
             )
-            if simulated.length is not None and simulated.length > (self._best or 0.0):
-                self._best = simulated.length
+            if overall.length is not None and overall.length > (self._best or 0.0):
+                self._best = overall.length
                 self._versions.mark_best(version)
         self._save()
         if version is not None:
-            self._source.published(version, self._learner.step, simulated, slices)
+            self._source.published(version, self._learner.step, evaluated)
+
+    def _judge(self, held_out: list[list[Sample]], found: Judged) -> Verdict | None:
+        rival = tell(str(self._source.rival() or "") if self._first else None)
+        if not rival:
+            return None
+        settings = self._job.settings
+        try:
+            served = self._learner.simulate(held_out, Path(rival))
+        except CheckpointError as error:  # all processes read the same file
+            return Verdict(samples=0, passed=False, why=f"the served draft cannot be compared with: {error}")
+        return compare(found, served, settings.gate_confidence, settings.gate_slice_loss)
 
     def _save(self) -> None:
         self._checkpoints.save(self._learner, self._source.position(), self._best)

@@ -3,17 +3,19 @@
 import logging
 import os
 import time
+from pathlib import Path
 from typing import Protocol
 
 import msgspec
 import torch.distributed as dist
 
 from sglang_specforge.contracts import control
+from sglang_specforge.manifest import Manifest
 from sglang_specforge.settings import SERVER_PID_VARIABLE, OnlineSettings, Run
 from sglang_specforge.sockets import EndpointTaken, is_alive
 from sglang_specforge.training_settings import Job
 from sglang_specforge.versions import VersionFolder
-from trainer.evaluate import Simulated
+from trainer.evaluate import Evaluated
 from trainer.feed import Feed
 from trainer.inbox import wait_for_any
 from trainer.learner import Learner, Trained
@@ -28,7 +30,6 @@ logger = logging.getLogger(__name__)
 
 _WAIT_S = 0.2
 _HEARTBEAT_EVERY_S = 1.0
-_EVALUATED_SAMPLES = 16
 _REMEMBERED_STREAMS = 256
 
 
@@ -40,6 +41,9 @@ class Servers(Protocol):
 
     def are_gone(self) -> bool:
         """For good. Every process asks."""
+
+    def served(self) -> int | None:
+        """Version of the trainer's run folder that is in service; None where servers number their own."""
 
 
 class OwnServer:
@@ -54,6 +58,9 @@ class OwnServer:
     def are_gone(self) -> bool:
         """The server, or what launched this process for it."""
         return os.getppid() != self._parent_pid or not is_alive(int(os.environ[SERVER_PID_VARIABLE]))
+
+    def served(self) -> int | None:
+        return Manifest.load(VersionFolder(self._run.run_dir).root).active
 
 
 class OnlineSource:
@@ -84,6 +91,8 @@ class OnlineSource:
         self._first = dist.get_rank() == 0
         if not self._first:
             return
+        best = self._versions.best()  # what an earlier life of this trainer had its servers use, as far as is known
+        self._passed = (best and self._versions.number(best)) or 0
         self._replay = ReplayBuffer(
             settings.replay_tokens,
             settings.holdout_every,
@@ -109,7 +118,7 @@ class OnlineSource:
         return self._dealer.share_out(batch, self._settings.micro_batch_tokens)
 
     def held_out(self) -> list[list[Sample]]:
-        newest = self._replay.held_out[-_EVALUATED_SAMPLES:] if self._first else None
+        newest = self._replay.held_out[-self._settings.evaluated_samples :] if self._first else None
         return Dealer().share_out(newest, pass_tokens=1) or []
 
     def is_finished(self) -> bool:
@@ -128,11 +137,17 @@ class OnlineSource:
         self._last = result
         self._trackers.log(result)
 
-    def published(self, version: int, step: int, simulated: Simulated, slices: dict[str, Simulated]) -> None:
-        self._held_out_acceptance_length = simulated.length
-        self._trackers.log_version(version, step, simulated, slices)
+    def rival(self) -> Path | None:
+        served = self._servers.served()
+        return self._job.version_path(self._passed if served is None else served)
+
+    def published(self, version: int, step: int, evaluated: Evaluated) -> None:
+        self._held_out_acceptance_length = evaluated.overall.length
+        self._trackers.log_version(version, step, evaluated)
+        if evaluated.verdict.passed:
+            self._passed = version
         for feed in self._feeds.values():
-            feed.send(self._version_ready(version))
+            feed.send(self._version_ready(version, evaluated.verdict))
         self._published_s = time.monotonic()
 
     def beat(self, learning: bool) -> None:
@@ -182,13 +197,12 @@ class OnlineSource:
                 self._taken.add(endpoint)
 
     def _open(self, run: Run) -> None:
-        """Read the server's stream; one that has drafts of its own gets the newest that was published here."""
+        """Read the server's stream; one that has drafts of its own gets the newest that passed the gate here."""
         feed = Feed(run, self._settings, self._target, self._prefixes, self._known.values())
         logger.info("draft training: reads %s", run.spans_endpoint)
         self._feeds[run.spans_endpoint] = feed
-        newest = self._versions.newest()
-        if run.run_dir != self._job.run_dir and newest is not None:
-            feed.send(self._version_ready(newest))
+        if run.run_dir != self._job.run_dir and self._passed:
+            feed.send(self._version_ready(self._passed))
 
-    def _version_ready(self, version: int) -> control.VersionReady:
-        return control.VersionReady(path=str(self._versions.path(version)))
+    def _version_ready(self, version: int, verdict: control.Verdict | None = None) -> control.VersionReady:
+        return control.VersionReady(path=str(self._versions.path(version)), verdict=verdict)

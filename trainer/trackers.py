@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_specforge.training_settings import TrainingSettings
-from trainer.evaluate import Simulated
+from trainer.evaluate import Evaluated
 from trainer.learner import Trained
 
 
@@ -32,13 +32,18 @@ class Trackers:
             metrics |= {f"tokens_rank_{rank}": tokens for rank, tokens in enumerate(result.tokens_by_rank)}
         self._write(result.step, metrics)
 
-    def log_version(self, version: int, step: int, simulated: Simulated, slices: dict[str, Simulated]) -> None:
-        """Held-out acceptance: its length, its rate at each place, and its length for each slice that has a name."""
+    def log_version(self, version: int, step: int, evaluated: Evaluated) -> None:
+        """Held-out acceptance: its length, its rate at each place, its length for each slice that has a name, and the
+        gain over the draft in service."""
         metrics: dict[str, Any] = {"version": version}
+        simulated = evaluated.overall
         if simulated.length is not None:
             metrics["held_out_acceptance_length"] = simulated.length
             metrics |= {f"held_out_acceptance_{k}": rate for k, rate in enumerate(simulated.by_position)}
-        metrics |= {f"held_out_acceptance_length/{name}": found.length for name, found in slices.items() if name}
+        named = {name: found.length for name, found in evaluated.slices.items() if name}
+        metrics |= {f"held_out_acceptance_length/{name}": length for name, length in named.items()}
+        if (verdict := evaluated.verdict) is not None and verdict.gain is not None:
+            metrics |= {"held_out_gain": verdict.gain, "held_out_gain_low": verdict.low}
         self._write(step, metrics)
 
     def close(self) -> None:

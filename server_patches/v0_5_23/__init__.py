@@ -11,6 +11,7 @@ SUPPORTED = "sglang==0.5.23"
 
 _WORKER = "sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2"
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+_STREAMER = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer"
 _STATE = "sglang.srt.managers.scheduler_components.internal_state.SchedulerInternalStateController"
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _HTTP = "sglang.srt.entrypoints.http_server"
@@ -20,6 +21,8 @@ TARGETS = (
     Target(f"{_WORKER}._forward_prefill_batch", ("self", "batch")),
     Target(f"{_WORKER}.verify", ("self", "batch")),
     Target(f"{_SCHEDULER}.send_abort_output", ("self", "abort_req", "req")),
+    Target(f"{_SCHEDULER}.get_output_streamer_class", ("self",)),
+    Target(f"{_STREAMER}.build_additional_customized_info", ("self", "reqs")),
     Target(f"{_STATE}._update_handlers", ("self",)),
     Target(f"{_STATE}._add_speculative", ("self", "state")),
     Target("sglang.srt.models.llama_eagle3.LlamaForCausalLMEagle3.load_weights", ("self", "weights")),
@@ -69,11 +72,12 @@ def register_scheduler_hooks() -> None:
     """Scheduler processes of a run: capture, swap and their counters. Nothing in any other process."""
     if "sglang.srt.managers.scheduler" not in sys.modules:
         return
-    from server_patches.v0_5_23 import scheduler
+    from server_patches.v0_5_23 import outputs, scheduler
 
     HookRegistry.register(f"{_WORKER}.__init__", scheduler.attach, HookType.AFTER)
     HookRegistry.register(f"{_WORKER}._forward_prefill_batch", scheduler.around_prefill, HookType.AROUND)
     HookRegistry.register(f"{_WORKER}.verify", scheduler.after_verify, HookType.AFTER)
     HookRegistry.register(f"{_SCHEDULER}.send_abort_output", scheduler.after_abort, HookType.AFTER)
+    HookRegistry.register(f"{_SCHEDULER}.get_output_streamer_class", outputs.choose_streamer, HookType.AFTER)
     HookRegistry.register(f"{_STATE}._update_handlers", scheduler.add_handlers, HookType.AFTER)
     HookRegistry.register(f"{_STATE}._add_speculative", scheduler.add_state, HookType.AFTER)

@@ -35,13 +35,22 @@ class LiveDraft:
 
     def copy_in(self, shadows: Shadows) -> None:
         """Make the shadows the live weights; between two steps only."""
+        live = self._live()
+        names = [name for name in live if name in shadows]
+        with torch.no_grad():
+            torch._foreach_copy_([live[n] for n in names], [shadows[n] for n in names])
+
+    def copy_out(self) -> Shadows:
+        """The live weights, in memory of their own."""
+        return {name: tensor.clone() for name, tensor in self._live().items()}
+
+    def _live(self) -> Shadows:
+        """Every tensor that a swap changes."""
         live = {name: p.data for name, p in self._swappable()}
         if self._worker.hot_token_id is not None:
             # The captured draft graph indexes this very tensor; the model's own copy is read at start only.
             live["hot_token_id"] = self._worker.hot_token_id
-        names = [name for name in live if name in shadows]
-        with torch.no_grad():
-            torch._foreach_copy_([live[n] for n in names], [shadows[n] for n in names])
+        return live
 
     def _swappable(self) -> list[tuple[str, nn.Parameter]]:
         return [(n, p) for n, p in self._model.named_parameters() if not any(s in n for s in _SHARED)]

@@ -61,9 +61,9 @@ def _start_run(args: argparse.Namespace, settings: DraftTrainingSettings) -> Non
     target = load_target_config(folder)
     dtype = _served_dtype(target, args.dtype)
     if given := args.speculative_draft_model_path:
-        draft = import_draft(resolve_target(given), folder, VersionFolder(settings.run_dir).root / "given")
+        version, draft = 0, import_draft(resolve_target(given), folder, VersionFolder(settings.run_dir).root / "given")
     else:
-        draft = _own_draft(settings, folder, dtype)
+        version, draft = _own_draft(settings, folder, dtype)
     args.speculative_draft_model_path = str(draft)
     _set_speculative_defaults(args)
     sockets = make_socket_folder()
@@ -72,6 +72,7 @@ def _start_run(args: argparse.Namespace, settings: DraftTrainingSettings) -> Non
         target_path=str(folder),
         target_fingerprint=fingerprint_target(folder),
         draft_path=str(draft),
+        draft_version=version,
         served_dtype=dtype,
         speculation=_speculation(args),
         spans_endpoint=f"ipc://{sockets}/spans",
@@ -81,11 +82,11 @@ def _start_run(args: argparse.Namespace, settings: DraftTrainingSettings) -> Non
     HookRegistry.apply_hooks()
 
 
-def _own_draft(settings: DraftTrainingSettings, target: Path, dtype: str) -> Path:
-    """The newest draft of this run folder, or a random one made now."""
+def _own_draft(settings: DraftTrainingSettings, target: Path, dtype: str) -> tuple[int, Path]:
+    """Number and folder of the draft that this run folder's server had active, or of a random one made now."""
     versions = VersionFolder(settings.run_dir)
-    newest = versions.newest()
-    draft = versions.root / "initial" if newest is None else versions.path(newest)
+    version = versions.last_active()
+    draft = versions.path(version) if version else versions.root / "initial"
     if not (draft / "config.json").exists():
         init_draft(str(target), draft, draft_vocab_size=settings.draft_vocab_size, dtype=dtype, seed=settings.seed)
     elif (found := load_config(draft).get(FINGERPRINT_KEY)) != (expected := fingerprint_target(target)):
@@ -93,7 +94,7 @@ def _own_draft(settings: DraftTrainingSettings, target: Path, dtype: str) -> Pat
             f"run folder {settings.run_dir} holds drafts of another target (fingerprint {found!r}, served "
             f"{expected!r}); give another --draft-training-run-dir"
         )
-    return draft
+    return version, draft
 
 
 def _served_dtype(target: PretrainedConfig, asked: str) -> str:

@@ -16,6 +16,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.scheduler_components.internal_state import UpdateRejected, _UpdateHandler
 from sglang.srt.runtime_context import get_parallel
 
+from server_patches.v0_5_23 import outputs
 from server_patches.v0_5_23.consent import OPT_KEY, SLICE_KEY, asked
 from server_patches.v0_5_23.draft_weights import LiveDraft
 from sglang_specforge.draft_bank import DraftBank
@@ -26,6 +27,7 @@ from sglang_specforge.export.ring import HostRing
 from sglang_specforge.settings import Run
 
 _LONGEST_SLICE = 64  # characters
+_RESIDENT, _LOADING, _REFUSED = range(3)  # what a rank says of a version
 
 
 @dataclass
@@ -75,6 +77,7 @@ def around_prefill(original: Any, worker: Any, batch: Any, *args: Any, **kwargs:
 
 def after_verify(result: Any, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER ``EAGLEWorkerV2.verify``."""
+    outputs.note(batch.reqs, _this.bank.active_version)
     _guarded(_capture_verify, batch, result)
 
 
@@ -95,6 +98,8 @@ def _capture_prefill(batch: Any, result: Any, tokens_N: torch.Tensor) -> None:
     states = {"aux_N3H": logits.hidden_states, "last_NH": logits.last_hidden_states}
     row_bytes = _row_bytes(states)
     admitted = _pick(batch, [row_bytes * length for length in batch.extend_lens])
+    for _, one in admitted:
+        one.enter(_this.bank.window)
     picked = [b for b, one in admitted if one.left_out is None]
     if not picked:
         return
@@ -115,6 +120,8 @@ def _capture_verify(batch: Any, result: Any) -> None:
     aux_N3H, last_NH = result.logits_output.hidden_states, result.logits_output.last_hidden_states
     admitted = _pick(batch, [R * _row_bytes({"aux_N3H": aux_N3H, "last_NH": last_NH})] * B)
     counted = [b for b, one in admitted if one.request.is_counted]
+    window = _this.bank.window
+    standings = [one.verify_in(window) for _, one in admitted if one.request.is_counted] if window else ()
     picked = [b for b, one in admitted if one.left_out is None]
     if not counted:
         return
@@ -133,7 +140,8 @@ def _capture_verify(batch: Any, result: Any) -> None:
             aux_N3H, last_NH, tokens_N = (t.view(B, R, -1)[rows].flatten(0, 1) for t in (aux_N3H, last_NH, tokens_N))
         states, tokens_N = {"aux_N3H": aux_N3H, "last_NH": last_NH}, tokens_N.view(-1)
     requests = [one.request for _, one in admitted if one.left_out is None]
-    _capture(requests, states, tokens_N, verified=Verified(R, chain, facts_BF, picked, counted))
+    verified = Verified(R, chain, facts_BF, picked, counted, window, standings)
+    _capture(requests, states, tokens_N, verified=verified)
 
 
 def after_abort(result: None, scheduler: Any, abort_req: Any, req: Any) -> None:
@@ -147,13 +155,14 @@ def add_handlers(handlers: dict[str, Any], controller: Any) -> dict[str, Any]:
     if _this is None:
         return handlers
     return handlers | {
-        "draft_training_stage": _UpdateHandler(
-            lambda key, value: None, lambda key, value: _this.bank.stage(int(value))
+        "draft_training_evict": _handler(_this.bank.evict),
+        "draft_training_load": _handler(_this.bank.load),
+        "draft_training_prepare": _handler(lambda version: None, _agree_on),
+        "draft_training_activate": _handler(
+            lambda version: _this.bank.activate(version, controller.scheduler.forward_ct), _agree_on
         ),
-        "draft_training_activate": _UpdateHandler(
-            _validate_activation, lambda key, value: _this.bank.activate(int(value))
-        ),
-        "draft_training_capture": _UpdateHandler(lambda key, value: None, lambda key, value: _set_capturing(value)),
+        "draft_training_window": _handler(_set_window),
+        "draft_training_capture": _handler(_set_capturing),
     }
 
 
@@ -164,17 +173,30 @@ def add_state(result: None, controller: Any, state: dict[str, Any]) -> None:
         state["draft_training"] = {"bank": _this.bank.status(), "export": export}
 
 
-def _validate_activation(key: str, value: Any) -> None:
-    """All TP ranks swap or none: a rank that is not ready holds the others back, for this attempt."""
-    ready = torch.tensor(int(_this.bank.is_staged(int(value))))
-    torch.distributed.all_reduce(ready, torch.distributed.ReduceOp.MIN, group=get_parallel().tp_group.cpu_group)
-    if not ready:
-        raise UpdateRejected(f"draft version {int(value)} is not staged on every rank")
+def _handler(apply: Callable[[int], None], validate: Callable[[int], None] = lambda value: None) -> _UpdateHandler:
+    return _UpdateHandler(lambda key, value: validate(int(value)), lambda key, value: apply(int(value)))
 
 
-def _set_capturing(value: Any) -> None:
+def _agree_on(version: int) -> None:
+    """All ranks of the TP group have the version, or none may activate it now. Raises UpdateRejected."""
+    bank, parallel = _this.bank, get_parallel()
+    state = _RESIDENT if bank.is_resident(version) else _REFUSED if bank.refuses(version) else _LOADING
+    states = [torch.empty(1, dtype=torch.int64) for _ in range(parallel.tp_size)]
+    torch.distributed.all_gather(states, torch.tensor([state]), group=parallel.tp_group.cpu_group)
+    refusing = [rank for rank, state in enumerate(states) if state == _REFUSED]
+    if refusing and not bank.refuses(version):
+        bank.refuse(version, f"tensor-parallel rank {refusing[0]} cannot load it; the server's log says why")
+    if not all(state == _RESIDENT for state in states):
+        raise UpdateRejected(f"draft version {version} is not resident on every rank")
+
+
+def _set_window(window: int) -> None:
+    _this.bank.window = window
+
+
+def _set_capturing(enabled: int) -> None:
     if _this.exporter is not None:
-        _this.exporter.paused = not int(value)
+        _this.exporter.paused = not enabled
 
 
 def _pick(batch: Any, nbytes: list[int]) -> list[tuple[int, Admitted]]:

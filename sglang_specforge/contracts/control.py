@@ -64,10 +64,22 @@ class Heartbeat(msgspec.Struct, tag="heartbeat", kw_only=True):
     resumed_from_step: int = 0
 
 
+class Verdict(msgspec.Struct, kw_only=True):
+    """Of the gate: a candidate against the draft in service, on held-out samples."""
+
+    samples: int
+    gain: float | None = None  # tokens a verification
+    low: float | None = None  # lower confidence bound of the gain
+    slices: dict[str, float] = {}  # relative gain of each
+    passed: bool
+    why: str
+
+
 class VersionReady(msgspec.Struct, tag="version_ready", kw_only=True):
     """A checkpoint to serve next: a version in the server's own run folder, or one to be copied there."""
 
     path: str
+    verdict: Verdict | None = None  # None: it was not compared
 
 
 ControlMessage = Heartbeat | VersionReady

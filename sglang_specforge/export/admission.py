@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from sglang_specforge.export.acceptance import CARRIED_OVER_PASSES, Standing
 from sglang_specforge.export.ring import HostRing
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,24 @@ class Admitted:
     drawn: float
     left_out: str | None = None  # why it is not captured, or not any more
     aborted: bool = False
+    window: int = 0  # that saw its last pass, of an A/B
+    window_passes: int = 0  # verifications in it
+    began_in: int | None = None
+
+    def enter(self, window: int) -> None:
+        """The request is in a pass of this window."""
+        if self.began_in is None:
+            self.began_in = window
+        if window != self.window:
+            self.window, self.window_passes = window, 0
+
+    def verify_in(self, window: int) -> Standing:
+        """The request is verified in this window: what that verification counts for."""
+        self.enter(window)
+        self.window_passes += 1
+        if self.began_in == window:
+            return Standing.FRESH
+        return Standing.SETTLED if self.window_passes > CARRIED_OVER_PASSES else Standing.CARRIED_OVER
 
     @property
     def has_ended(self) -> bool:

@@ -35,10 +35,12 @@ class Verified:
     facts_BF: Tensor  # int64: position of the request's first row, rows accepted, and its D drafted tokens
     picked: Sequence[int]  # the captured requests
     counted: Sequence[int]  # those whose acceptance counts
+    window: int = 0  # of an A/B; 0: none
+    standings: Sequence[int] = ()  # in a window, each counted request's ``acceptance.Standing``
 
-    def acceptance(self) -> tuple[int, int]:
-        """Verifications of a request, and the tokens they committed."""
-        return len(self.counted), int(self.facts_BF[self.counted, 1].sum())
+    def committed(self) -> list[int]:
+        """Tokens that were committed for each counted request."""
+        return self.facts_BF[self.counted, 1].tolist()
 
     def facts(self) -> list[tuple[int, int, int, int]]:
         """Of each captured request: first position, rows accepted, the token proposed after the first row, and the one

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from sglang_specforge.contracts.spans import Finished
+from sglang_specforge.export.acceptance import Acceptance
 from sglang_specforge.export.admission import Admission
 from sglang_specforge.export.entry import Entry
 from sglang_specforge.export.link import Link
@@ -25,7 +26,6 @@ from sglang_specforge.export.ring import HostRing
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.02
-_VERSIONS = 32  # whose acceptance is kept apart
 
 
 class Exporter:
@@ -40,8 +40,7 @@ class Exporter:
         self._captured = self._sent = self._passes = 0
         self._scheduler_s = 0.0
         self._dropped: dict[str, int] = {}
-        self._acceptance = [0, 0]  # verifications of a request, tokens they committed
-        self._acceptance_by_version: dict[int, list[int]] = {}  # the newest versions
+        self._acceptance = Acceptance()
         self._unsent: deque[Finished] = deque()
         self._looked_for_ends_s = 0.0
         self._stopping = threading.Event()
@@ -87,8 +86,7 @@ class Exporter:
             **self._link.status(),
             "failure": self.failure,
             **self.admission.status(),
-            "acceptance": self._acceptance,
-            "acceptance_by_version": {str(v): counts for v, counts in list(self._acceptance_by_version.items())},
+            **self._acceptance.status(),
         }
 
     def _run(self) -> None:
@@ -137,7 +135,8 @@ class Exporter:
     def _send_entry(self, entry: Entry) -> None:
         entry.wait()
         if entry.verified is not None:
-            self._count_acceptance(entry.draft_version, *entry.verified.acceptance())
+            verified = entry.verified
+            self._acceptance.count(entry.draft_version, verified.committed(), verified.window, verified.standings)
         if entry.region is None:
             return
         spans = entry.spans()
@@ -149,15 +148,6 @@ class Exporter:
             self._sent += message.tokens
         else:
             self._drop("nobody_listening", message.tokens)
-
-    def _count_acceptance(self, version: int, passes: int, tokens: int) -> None:
-        if not passes:
-            return
-        for counts in (self._acceptance, self._acceptance_by_version.setdefault(version, [0, 0])):
-            counts[0] += passes
-            counts[1] += tokens
-        if len(self._acceptance_by_version) > _VERSIONS:
-            del self._acceptance_by_version[min(self._acceptance_by_version)]
 
     def _announce(self, ends: list[Finished]) -> None:
         self._unsent += ends

@@ -31,7 +31,7 @@ SERVING = [
 
 TRAINING = {
     "batch-tokens": 512, "holdout-every": 2, "ttt-steps": 3, "learning-rate": 2e-3, "loss-on": "all",
-    "warmup-steps": 10, "draft-vocab-size": 768,
+    "warmup-steps": 10, "draft-vocab-size": 768, "gate": "off",
 }  # fmt: skip
 
 

@@ -11,8 +11,9 @@ import pytest
 from tests.e2e.conftest import TRAINING, assert_every_token_is_accounted_for, outputs, prompts, settled, wait_for
 from tests.e2e.test_layouts import NO_CACHE
 
-STREAMED = {"trainer": "none", "draft-vocab-size": 768}
-FLAGS = {**TRAINING, "publish-every-s": 2, "replay-tokens": 20000, "epochs-per-token": 1}
+STREAMED = {"trainer": "none", "draft-vocab-size": 768, "gate": "off"}
+LEARNT = {name: value for name, value in TRAINING.items() if name != "gate"}  # the trainer has none
+FLAGS = {**LEARNT, "publish-every-s": 2, "replay-tokens": 20000, "epochs-per-token": 1}
 del FLAGS["draft-vocab-size"]  # the servers' draft is gone on with
 
 

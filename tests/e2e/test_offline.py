@@ -202,7 +202,9 @@ def test_offline_training_reaches_what_the_live_loop_reaches_on_the_same_tokens(
     given = ["--speculative-draft-model-path", offline]
     reached = accepted(start("--dtype", "float32", *given, training=CAPTURING).generate_all(held_out, ANSWER_TOKENS))
 
-    live = start("--dtype", "float32", training={**STEP, "epochs-per-token": epochs, "publish-every-s": 5})
+    live = start(
+        "--dtype", "float32", training={**STEP, "epochs-per-token": epochs, "publish-every-s": 5, "gate": "off"}
+    )
     live.generate_all(asked, ANSWER_TOKENS)
     wait_for("the live loop has trained on all of it", lambda: live.status()["trainer"]["state"] == "waiting", 900)
     status = settled(live)

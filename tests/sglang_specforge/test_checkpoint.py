@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sglang_specforge.checkpoint import FINGERPRINT_KEY, CheckpointError, load_checked, load_config
+from sglang_specforge.manifest import Manifest
 from sglang_specforge.new_draft import import_draft, init_draft
 from sglang_specforge.target import TargetError, fingerprint_target
 from sglang_specforge.versions import VersionFolder
@@ -133,11 +134,43 @@ def test_versions_grow_and_old_ones_go(tmp_path, draft):
     assert folder.newest() is None
     assert [folder.publish(config, tensors, keep=2) for _ in range(3)] == [1, 2, 3]
     assert folder.published() == [2, 3]
-    assert folder.adopt(draft, keep=2, spared=[folder.path(2)]) == 4
-    assert folder.published() == [2, 3, 4]
     with pytest.raises(CheckpointError):
         folder.adopt(tmp_path / "nowhere", keep=2)
-    assert folder.newest() == 4
+    assert folder.newest() == 3
     folder.publish(config, tensors, keep=2, spared=[folder.path(2)])
-    assert folder.published() == [2, 4, 5]
+    assert folder.published() == [2, 3, 4]
     assert (folder.number(folder.path(4)), folder.number(draft)) == (4, None)
+
+
+def test_a_checkpoint_is_adopted_once(tmp_path, draft, target):
+    folder = VersionFolder(tmp_path / "run")
+    other = init_draft(str(target), tmp_path / "other", draft_vocab_size=32, seed=1)
+    assert [folder.adopt(d, keep=3) for d in (draft, other, draft, other)] == [1, 2, 1, 2]
+    change(other, **{"norm.weight": torch.full((16,), 2.0)})
+    assert folder.adopt(other, keep=3) == 3
+
+
+def test_versions_in_use_are_kept(tmp_path, draft):
+    folder = VersionFolder(tmp_path / "run")
+    config, tensors = load_config(draft), load_file(draft / "model.safetensors")
+    for _ in range(4):
+        folder.publish(config, tensors, keep=4)
+    manifest = Manifest(pinned=[3])
+    manifest.activated(2)
+    manifest.activated(1)
+    manifest.save(folder.root)
+    for _ in range(2):
+        folder.publish(config, tensors, keep=2)
+    assert folder.published() == [1, 2, 3, 5, 6]
+    assert folder.last_active() == 1
+    shutil.rmtree(folder.path(1))
+    assert folder.last_active() == 6
+    (folder.root / "manifest.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"manifest\.json cannot be read"):
+        folder.last_active()
+
+
+def test_weights_that_changed_on_disk_are_refused(draft, target):
+    change(draft, **{"norm.weight": torch.full((16,), 2.0)})
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        check(draft, target)

@@ -118,7 +118,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("fuzz")
 
 
-@pytest.mark.parametrize("batches", [25, pytest.param(1250, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("batches", [25, pytest.param(1250, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])])
 def test_mutated_frames_are_counted_and_cost_no_memory(folder, batches):
     ledger = TokenLedger()
     assembler = Assembler(ledger, 64, PrefixStore("t", STORE_BYTES), max_open_tokens=MOST_OPEN_TOKENS)

@@ -9,6 +9,7 @@ from sglang_specforge.checkpoint import load_checked, save_checkpoint
 from sglang_specforge.contracts.control import Parity, TokenLedger
 from sglang_specforge.versions import VersionFolder
 from tests.tiny import make_run, make_sample, make_target
+from trainer.evaluate import by_slice
 from trainer.learner import Learner
 from trainer.parity import ParityCheck
 from trainer.resume import Checkpoints, OfflinePosition, OnlinePosition, ResumeError, StreamPosition
@@ -34,21 +35,30 @@ def run(tmp_path):
 def test_the_loss_falls_and_acceptance_rises_on_a_sample_seen_again(run):
     # The head's weights are small: large states make a teacher that has something to say.
     learner, samples = Learner(run, CPU), [make_sample(24, last_TH=100 * torch.randn(24, 16))]
-    before = learner.simulate([samples])[""].length
+    before = by_slice(learner.simulate([samples]))[""].length
     first = learner.train([samples]).loss
     for _ in range(60):
         last = learner.train([samples])
     assert last.loss < 0.7 * first
     assert last.step == 61
-    assert learner.simulate([samples])[""].length > before
+    assert by_slice(learner.simulate([samples]))[""].length > before
 
 
 def test_acceptance_is_told_apart_by_slice(run):
     learner = Learner(run, CPU)
     samples = [make_sample(16, seed=i, slice=name) for i, name in enumerate(["code", "chat", "code"])]
-    found = learner.simulate([[s] for s in samples] + [[]])
+    found = by_slice(learner.simulate([[s] for s in samples] + [[]]))
     assert {name: (s.sequences, s.tokens) for name, s in found.items()} == {"chat": (1, 13), "code": (2, 26)}
-    assert found["chat"] == learner.simulate([[samples[1]]])["chat"]
+    assert learner.simulate([[samples[1]]]) == [("chat", found["chat"])]
+
+
+def test_a_checkpoint_is_simulated_beside_what_is_being_trained(run):
+    learner, samples = Learner(run, CPU), [make_sample(24, last_TH=100 * torch.randn(24, 16))]
+    started_from = learner.simulate([samples])
+    for _ in range(60):
+        learner.train([samples])
+    assert learner.simulate([samples], run.version_path(0)) == started_from
+    assert learner.simulate([samples]) != started_from
 
 
 def test_a_published_version_passes_the_servers_checks_and_carries_the_weights(run):

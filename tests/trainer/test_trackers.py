@@ -6,8 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from sglang_specforge.contracts.control import Verdict
 from sglang_specforge.training_settings import TrainingSettings
-from trainer.evaluate import Simulated
+from trainer.evaluate import Evaluated, Simulated
 from trainer.learner import Trained
 from trainer.trackers import MissingTracker, Trackers
 
@@ -18,7 +19,9 @@ def log(settings, first, last):
     trackers = Trackers(settings, first - 1)
     for step in range(first, last + 1):
         trackers.log(Trained(step, step / 10, 1.0, [0.5, 0.25], [64]))
-    trackers.log_version(1, last, Simulated(10, 1, 3.0, [2.0]), {"": NOTHING, "code": Simulated(7, 1, 3.0, [2.0])})
+    slices = {"": NOTHING, "code": Simulated(7, 1, 3.0, [2.0])}
+    verdict = Verdict(samples=5, gain=0.5, low=0.25, passed=True, why="")
+    trackers.log_version(1, last, Evaluated(Simulated(10, 1, 3.0, [2.0]), slices, verdict))
     trackers.close()
 
 
@@ -37,7 +40,7 @@ def test_a_line_a_step_and_those_of_a_life_cut_off_are_taken_back(tmp_path):
     assert found[3] == {"step": 4, "loss": 0.4, "grad_norm": 1.0, "tokens": 64, "accuracy_0": 0.5, "accuracy_1": 0.25}
     assert found[-1] == {
         "step": 6, "version": 1, "held_out_acceptance_length": 3.0, "held_out_acceptance_0": pytest.approx(2 / 3),
-        "held_out_acceptance_length/code": 2.0,
+        "held_out_acceptance_length/code": 2.0, "held_out_gain": 0.5, "held_out_gain_low": 0.25,
     }  # fmt: skip
 
 

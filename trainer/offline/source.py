@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from sglang_specforge.new_draft import Recipe
 from sglang_specforge.training_settings import Speculation, TrainingSettings
 from trainer.deal import deal
-from trainer.evaluate import Simulated
+from trainer.evaluate import Evaluated
 from trainer.learner import Trained
 from trainer.offline.layout import DatasetError
 from trainer.offline.progress import ProgressLine
@@ -129,9 +129,12 @@ class OfflineSource:
         self._trackers.log(result)
         self._progress.trained(result)
 
-    def published(self, version: int, step: int, simulated: Simulated, slices: dict[str, Simulated]) -> None:
-        self._trackers.log_version(version, step, simulated, slices)
-        self._progress.published(version, step, simulated)
+    def rival(self) -> Path | None:
+        return None
+
+    def published(self, version: int, step: int, evaluated: Evaluated) -> None:
+        self._trackers.log_version(version, step, evaluated)
+        self._progress.published(version, step, evaluated.overall)
 
     def beat(self, learning: bool) -> None:
         pass

@@ -1,0 +1,1 @@
+"""Live comparison of draft versions: windows in random order, and when enough is known to stop."""

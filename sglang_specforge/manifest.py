@@ -1,0 +1,53 @@
+"""What a run folder's server has in service: ``versions/manifest.json``, from which a restarted server goes on."""
+
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from sglang_specforge.drafts import CheckpointError
+
+Mode = Literal["auto", "propose", "off"]  # of the gate
+_REMEMBERED = 16
+
+
+class Manifest(msgspec.Struct, kw_only=True):
+    """Written by the server alone; the trainer reads what it must not delete."""
+
+    active: int = 0
+    earlier: list[int] = []  # versions that were active before, the latest last
+    pinned: list[int] = []  # arms of an A/B
+    gate: Mode | None = None  # chosen while the server ran; None: as it was started
+
+    @property
+    def in_use(self) -> set[int]:
+        return {self.active, *self.earlier[-1:], *self.pinned}
+
+    def activated(self, version: int) -> None:
+        """Note that a version took the active one's place."""
+        earlier = [v for v in self.earlier if v not in (version, self.active)]
+        self.active, self.earlier = version, [*earlier, self.active][-_REMEMBERED:]
+
+    @classmethod
+    def load(cls, folder: Path) -> "Manifest":
+        """Of a folder of versions; a fresh one where there is none.
+
+        Raises:
+            CheckpointError: it is not readable as one.
+        """
+        file = folder / "manifest.json"
+        try:
+            return msgspec.json.decode(file.read_bytes(), type=cls)
+        except FileNotFoundError:
+            return cls()
+        except (OSError, msgspec.MsgspecError) as error:
+            raise CheckpointError(
+                f"{file} cannot be read: {error}; mend it, or delete it to go on from the newest version"
+            ) from error
+
+    def save(self, folder: Path) -> None:
+        """All at once."""
+        folder.mkdir(parents=True, exist_ok=True)
+        part = folder / "manifest.json.part"
+        part.write_bytes(msgspec.json.encode(self))
+        part.replace(folder / "manifest.json")

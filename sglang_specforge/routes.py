@@ -1,0 +1,184 @@
+"""``/draft/*`` in the server's own FastAPI app, behind its authentication like every route of it.
+
+Errors say what is wrong and change nothing: 400 for a body that is not understood, 404 for a version or an A/B that
+there is not, 409 where somebody else decides which draft is active, 422 for a checkpoint that cannot be served, 503
+where the schedulers do not answer for draft training.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import APIRouter, HTTPException, Query, Request
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
+
+from sglang_specforge.ab.experiment import Report, UnknownExperiment
+from sglang_specforge.ab.plan import Plan
+from sglang_specforge.checkpoint import CheckpointError
+from sglang_specforge.control import ControlService
+from sglang_specforge.manifest import Mode
+from sglang_specforge.settings import Run
+from sglang_specforge.swaps import Change, DraftHeld, NotAttached, SwapRefused, UnknownVersion
+
+_STATUS = {
+    UnknownVersion: 404,
+    UnknownExperiment: 404,
+    DraftHeld: 409,
+    CheckpointError: 422,
+    SwapRefused: 422,
+    NotAttached: 503,
+}
+Version = Annotated[StrictInt, Field(ge=0, lt=2**53, description="Number of a draft version.")]
+Why = Annotated[str, Field(max_length=1000, description="For the audit log.")]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class NewVersion(_Body):
+    """Body of ``POST /draft/versions``."""
+
+    path: Path = Field(description="Folder of the checkpoint, as the server sees it.")
+    activate: StrictBool = Field(True, description="Put it into service; otherwise it is only made resident.")
+    why: Why = ""
+
+
+class Activation(_Body):
+    """Body of ``POST /draft/activate``."""
+
+    version: Version
+    why: Why = ""
+
+
+class Rollback(_Body):
+    """Body of ``POST /draft/rollback``."""
+
+    to: Version | None = Field(None, description="Left out: what was active before.")
+    why: Why = ""
+
+
+class GateMode(_Body):
+    """Body of ``POST /draft/gate``."""
+
+    mode: Mode
+    why: Why = ""
+
+
+class Capture(_Body):
+    """Body of ``POST /draft/capture``."""
+
+    enabled: StrictBool
+
+
+class Activated(BaseModel):
+    """What a change of the active version did."""
+
+    before: int
+    version: int
+    changed: bool
+
+    @classmethod
+    def by(cls, change: Change) -> "Activated":
+        return cls(**change._asdict(), changed=change.before != change.version)
+
+
+def make_router(service: ControlService, run: Run) -> APIRouter:
+    router = APIRouter(prefix="/draft", tags=["draft training"])
+    swaps, experiments = service.swaps, service.experiments
+
+    @router.get("/status")
+    async def status() -> dict[str, Any]:
+        """Versions, tokens by fate, acceptance length overall and by version, and the trainer's state."""
+        with _answered():
+            return await service.status()
+
+    @router.get("/run")
+    async def show_run() -> Run:
+        """Target, draft, settings and endpoints: what ``python -m trainer attach`` asks for."""
+        return run
+
+    @router.post("/capture")
+    async def switch_capture(capture: Capture) -> dict[str, bool]:
+        """Pause or resume capturing on every exporter; serving and the draft stay as they are."""
+        await service.switch_capture(capture.enabled)
+        return {"enabled": capture.enabled}
+
+    @router.get("/versions")
+    async def versions() -> list[dict[str, Any]]:
+        """Every draft version there is: where, its content's hash, whether resident or active, and its acceptance."""
+        with _answered():
+            return await service.versions()
+
+    @router.post("/versions")
+    async def add_version(body: NewVersion, request: Request) -> dict[str, Any]:
+        """Make a checkpoint from the server's disk a version, load it on every rank, and activate it. A checkpoint
+        that is a version already keeps its number."""
+        with _answered():
+            version = await swaps.add(body.path, _who(request))
+            if body.activate:
+                return Activated.by(await swaps.activate(version, _who(request), body.why)).model_dump()
+            await swaps.load(version)
+            return {"version": version}
+
+    @router.post("/activate")
+    async def activate(body: Activation, request: Request) -> Activated:
+        """Put a version into service, on all ranks or on none."""
+        with _answered():
+            return Activated.by(await swaps.activate(body.version, _who(request), body.why))
+
+    @router.post("/rollback")
+    async def roll_back(body: Rollback, request: Request) -> Activated:
+        """Go back to what was active before. What the trainer publishes then waits, until the gate is opened again."""
+        with _answered():
+            return Activated.by(await swaps.roll_back(_who(request), body.why, body.to))
+
+    @router.post("/gate")
+    async def set_gate(body: GateMode, request: Request) -> dict[str, str]:
+        """What becomes of versions that the trainer publishes: auto, propose or off."""
+        swaps.set_gate(body.mode, _who(request), body.why)
+        return {"mode": swaps.gate}
+
+    @router.get("/events")
+    async def events(last: Annotated[int, Query(ge=1, le=10_000)] = 100) -> list[dict[str, Any]]:
+        """The newest events of the audit log, oldest first."""
+        return swaps.audit.last(last)
+
+    @router.get("/ab")
+    async def all_experiments() -> list[Report]:
+        """Every A/B of this run folder, oldest first."""
+        return experiments.all()
+
+    @router.post("/ab")
+    async def start_experiment(plan: Plan, request: Request) -> Report:
+        """Compare versions on live traffic, by turns in random order, until it is settled."""
+        with _answered():
+            return await experiments.start(plan, _who(request))
+
+    @router.get("/ab/{id}")
+    async def show_experiment(id: str) -> Report:
+        with _answered():
+            return experiments.get(id)
+
+    @router.delete("/ab/{id}")
+    async def stop_experiment(id: str, request: Request) -> Report:
+        """End it: what was active before is active again. One that has ended stays as it is."""
+        with _answered():
+            return await experiments.stop(id, _who(request))
+
+    return router
+
+
+@contextlib.contextmanager
+def _answered() -> Iterator[None]:
+    """What goes wrong becomes an answer."""
+    try:
+        yield
+    except tuple(_STATUS) as error:
+        status = next(code for kind, code in _STATUS.items() if isinstance(error, kind))
+        raise HTTPException(status, str(error)) from error
+
+
+def _who(request: Request) -> str:
+    return f"operator at {request.client.host}" if request.client else "operator"
