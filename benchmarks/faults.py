@@ -8,33 +8,28 @@ of the server's processes at the beginning and the end, and memory files that th
 """
 
 import asyncio
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated
 
-import httpx
 import numpy as np
 import psutil
 import typer
 from measuring import TINY_TARGET, save_record, start_capturing
 from rich.console import Console
 from rich.table import Table
+from steady_load import Load, Window, by_turns, waits_ms
 
 from sglang_specforge.client import run_of, wait_until_captured
 from sglang_specforge.server_process import ServerProcess
-from sglang_specforge.traffic import stream_prompts
 
 SERVING = ("--max-total-tokens", 16384, "--max-running-requests", 16, "--draft-training-ring-mb", 2)
-STREAMS, TOKENS, WINDOW_S = 4, 48, 10.0
 READER = """
 import signal, sys, time
 from sglang_specforge.contracts.control import TokenLedger
@@ -115,84 +110,16 @@ while True:
 """
 
 
-@dataclass
-class Load:
-    """A number of streams, each followed by another; of each piece, when it came and how long after the one before."""
-
-    came_s: list[float] = field(default_factory=list)
-    waited_s: list[float] = field(default_factory=list)
-    requests: int = 0
-    failures: list[str] = field(default_factory=list)
-
-    async def run(self, url: str) -> None:
-        prompts = stream_prompts(seed=5)
-        async with (
-            httpx.AsyncClient(base_url=url, timeout=120, trust_env=False) as client,
-            asyncio.TaskGroup() as tasks,
-        ):
-            for _ in range(STREAMS):
-                tasks.create_task(self._keep_asking(client, prompts))
-
-    async def _keep_asking(self, client: httpx.AsyncClient, prompts: Iterator[str]) -> None:
-        while True:
-            body = {
-                "text": next(prompts), "stream": True,
-                "sampling_params": {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True},
-            }  # fmt: skip
-            self.requests += 1
-            try:
-                await self._ask(client, body)
-            except (httpx.HTTPError, ValueError) as error:
-                self.failures.append(f"{type(error).__name__}: {error}")
-
-    async def _ask(self, client: httpx.AsyncClient, body: dict[str, Any]) -> None:
-        last_s, done = None, False
-        async with client.stream("POST", "/generate", json=body) as answer:
-            answer.raise_for_status()
-            async for line in answer.aiter_lines():
-                done = done or line == "data: [DONE]"
-                if not line.startswith("data: {"):
-                    continue
-                now_s = time.monotonic()
-                if last_s is not None:
-                    self.came_s.append(now_s)
-                    self.waited_s.append(now_s - last_s)
-                last_s = now_s
-        if not done:
-            raise ValueError("the answer ended early")
-
-
-class Window(NamedTuple):
-    name: str
-    begin_s: float
-    end_s: float
-
-
 async def run_windows(server: ServerProcess, reader: Reader, minutes: float) -> tuple[Load, list[Window]]:
     """Calm and fault by turns."""
-    faults: dict[str, Callable[[], AbstractContextManager]] = {
+    faults = {
         "killed": reader.killed,
         "stopped": reader.stopped,
         "slow": reader.slow,
         "socket deleted": reader.socket_deleted,
         "rubbish sent": reader.rubbish,
     }
-    load, windows, end_s = Load(), [], time.monotonic() + 60 * minutes
-    task = asyncio.create_task(load.run(server.url))
-    await asyncio.sleep(WINDOW_S)  # warms up
-    names = [name for fault in faults for name in ("calm", fault)]
-    while len(windows) < len(names) or time.monotonic() < end_s:
-        name = names[len(windows) % len(names)]
-        with ExitStack() as stack:
-            await asyncio.to_thread(stack.enter_context, faults.get(name, nullcontext)())
-            begun_s = time.monotonic()
-            await asyncio.sleep(WINDOW_S)
-            windows.append(Window(name, begun_s, time.monotonic()))
-            await asyncio.to_thread(stack.close)
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
-    return load, windows
+    return await by_turns(server.url, faults, minutes)
 
 
 def resident_mb(server: ServerProcess) -> float:
@@ -205,12 +132,6 @@ def memory_files(server: ServerProcess) -> int:
     root = psutil.Process(server.process.pid)
     links = [link for p in [root, *root.children(recursive=True)] for link in Path(f"/proc/{p.pid}/fd").iterdir()]
     return sum(os.readlink(link).startswith("/memfd:specforge") for link in links)
-
-
-def p99_ms(load: Load, windows: list[Window], name: str) -> float:
-    came, waited = np.array(load.came_s), np.array(load.waited_s)
-    inside = np.any([(came >= begin) & (came < end) for n, begin, end in windows if n == name], axis=0)
-    return float(1000 * np.percentile(waited[inside], 99))
 
 
 def main(
@@ -229,7 +150,10 @@ def main(
     table = Table(title=f"{load.requests} requests, {len(load.failures)} failed; {minutes:g} minutes")
     for column in ("", "windows", "p99 between pieces, ms", "ratio to calm"):
         table.add_column(column, justify="right")
-    found = {name: p99_ms(load, windows, name) for name in dict.fromkeys(name for name, _, _ in windows)}
+    found = {
+        name: float(np.percentile(waits_ms(load, windows, name), 99))
+        for name in dict.fromkeys(name for name, _, _ in windows)
+    }
     for name, value in found.items():
         count = sum(n == name for n, _, _ in windows)
         table.add_row(name, str(count), f"{value:.1f}", f"{value / found['calm']:.3f}")

@@ -1,0 +1,122 @@
+"""What clients notice of a swap every second, against calm times, and against SGLang's own way of changing weights::
+
+    python benchmarks/swap.py [--minutes 6] [--json FILE]
+
+Two real servers, one after the other, under the same steady load of streams. On the first, two draft versions that are
+resident take turns every second (``POST /draft/activate``). On the second, without the plugin, SGLang's
+``POST /update_weights_from_disk`` loads the target's weights again every second: it cannot change a draft alone. Each
+is compared with calm windows of the same server in between.
+"""
+
+import asyncio
+import contextlib
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import httpx
+import numpy as np
+import typer
+from measuring import TINY_TARGET, save_record, start_capturing
+from rich.console import Console
+from rich.table import Table
+from steady_load import Load, Window, by_turns, waits_ms
+
+from sglang_specforge.new_draft import init_draft
+from sglang_specforge.server_process import ServerProcess
+
+EVERY_S = 1.0
+SERVING = ("--max-total-tokens", 16384, "--max-running-requests", 16)
+UNWATCHED = ("--draft-gate", "off")
+PLAIN = ("--dtype", "float32", "--log-level", "warning", "--sleep-on-idle")
+
+
+class Changes:
+    """Of the served weights, one every second for as long as ``happening``; how many, and how many failed."""
+
+    def __init__(self, change: Callable[[int], httpx.Response]) -> None:
+        self._change = change
+        self.made, self.failed = 0, []
+
+    @contextlib.contextmanager
+    def happening(self) -> Iterator[None]:
+        over = threading.Event()
+
+        def keep_changing() -> None:
+            while not over.wait(EVERY_S):
+                answer = self._change(self.made)
+                self.made += 1
+                if answer.is_error:
+                    self.failed.append(answer.text)
+
+        thread = threading.Thread(target=keep_changing)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+
+def post(server: ServerProcess, path: str, body: dict) -> httpx.Response:
+    return httpx.post(server.url + path, json=body, timeout=120, trust_env=False)
+
+
+def measure(server: ServerProcess, name: str, change: Callable[[int], httpx.Response], minutes: float) -> tuple:
+    changes = Changes(change)
+    load, windows = asyncio.run(by_turns(server.url, {name: changes.happening}, minutes))
+    return load, windows, changes
+
+
+def main(
+    target: Annotated[Path, typer.Option(help="Folder of the target.")] = TINY_TARGET,
+    minutes: Annotated[float, typer.Option(help="On each server, half of it calm.")] = 6.0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
+) -> None:
+    measured: dict[str, tuple[Load, list[Window], Changes]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with start_capturing(target, folder, *SERVING, *UNWATCHED) as server:
+            drafts = [
+                init_draft(str(target), folder / f"draft{i}", draft_vocab_size=768, dtype="float32", seed=i)
+                for i in (1, 2)
+            ]
+            versions = [post(server, "/draft/versions", {"path": str(d)}).json()["version"] for d in drafts]
+            measured["swap"] = measure(
+                server, "swap", lambda i: post(server, "/draft/activate", {"version": versions[i % 2]}), minutes
+            )
+            longest_ms = 1000 * server.status()["draft"]["longest_swap_s"]
+        with ServerProcess.start(folder / "plain", ["--model-path", target, *PLAIN, *SERVING]) as server:
+            body = {"model_path": str(target)}
+            measured["update_weights_from_disk"] = measure(
+                server, "update_weights_from_disk", lambda i: post(server, "/update_weights_from_disk", body), minutes
+            )
+    table = Table("", "requests", "failed", "changes", "failed", "median, ms", "p99, ms", "longest, ms", "p99 to calm",
+                  "longest to median", title="between two pieces of a stream")  # fmt: skip
+    ratios, samples = {}, []
+    for name, (load, windows, changes) in measured.items():
+        calm, waits = (waits_ms(load, windows, of) for of in ("calm", name))
+        for label, found in ((f"calm, then {name}", calm), (name, waits)):
+            median, p99, longest = (*np.quantile(found, (0.5, 0.99)), found.max())
+            p99_ratio, longest_ratio = p99 / np.quantile(calm, 0.99), longest / median
+            counts = [load.requests, len(load.failures), changes.made, len(changes.failed)]
+            figures = [f"{x:.1f}" for x in (median, p99, longest)]
+            table.add_row(label, *map(str, counts), *figures, f"{p99_ratio:.3f}", f"{longest_ratio:.2f}")
+            ratios |= {f"{label}: p99 / calm": p99_ratio, f"{label}: longest / median": longest_ratio}
+            samples.append({"window": label, "requests": load.requests, "failed": len(load.failures),
+                            "changes": changes.made, "failed changes": len(changes.failed), "median_ms": median,
+                            "p99_ms": p99, "longest_ms": longest})  # fmt: skip
+        for failure in (load.failures + changes.failed)[:1]:
+            print(f"first failure of {name}: {failure[:300]}")
+    Console(width=160).print(table)
+    print(f"longest copy of a swap, in the scheduler: {longest_ms:.2f} ms")
+    if json_file:
+        samples.append({"longest_copy_ms": longest_ms})
+        save_record(json_file, " ".join(sys.argv), ratios, samples)
+
+
+if __name__ == "__main__":
+    typer.run(main)
