@@ -2,56 +2,52 @@
 
 import asyncio
 import importlib.metadata
+import pkgutil
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
 from rich.console import Console
 from rich.live import Live
+from typer.core import TyperGroup
 
 from sglang_specforge import status_view, traffic, versions_cli
 from sglang_specforge.ab.cli import app as ab_app
-from sglang_specforge.checkpoint import CheckpointError
 from sglang_specforge.client import DEFAULT_URL, ApiKey, Url, ask, fail
-from sglang_specforge.demo import run_demo
-from sglang_specforge.new_draft import RECIPES, Recipe, coverage
-from sglang_specforge.new_draft import init_draft as write_draft
-from sglang_specforge.prepare.cli import prepare_data
-from sglang_specforge.prepared import PreparedError, PreparedFile
-from sglang_specforge.target import TargetError, load_target_config, resolve_target
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
-console = Console()
 _COMMANDS = "sglang_specforge.commands"  # entry points; the trainer adds its own, as nothing here imports it
+_SLOW = {
+    "init-draft": "sglang_specforge.new_draft_cli:init_draft",
+    "prepare-data": "sglang_specforge.prepare.cli:prepare_data",
+    "demo": "sglang_specforge.demo:run_demo",
+}
 
 
-@app.command()
-def init_draft(
-    target: Annotated[str, typer.Argument(help="Folder or Hugging Face name of the target.")],
-    out: Annotated[Path, typer.Argument(help="Folder that receives the draft.")],
-    draft_vocab_size: Annotated[int, typer.Option(min=8, help="Largest draft vocabulary.")] = 32_000,
-    dtype: Annotated[str, typer.Option(help="auto (as the target), bfloat16 or float32.")] = "auto",
-    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
-    recipe: Annotated[Recipe, typer.Option(help="Kind of draft.")] = "eagle3",
-    counts_from: Annotated[
-        Path | None, typer.Option(help="File of prepare-data: the draft vocabulary is its most frequent tokens.")
-    ] = None,
-) -> None:
-    """Write a random EAGLE3 draft for a target, ready for --speculative-draft-model-path."""
-    if dtype not in ("auto", "bfloat16", "float32"):
-        fail(f"--dtype {dtype} is not accepted; give auto, bfloat16 or float32")
-    if (out / "config.json").exists():
-        fail(f"{out} holds a checkpoint already; give another folder or remove it")
-    try:
-        counts_V = PreparedFile(counts_from).count_tokens(_vocab_size(target)) if counts_from else None
-        chosen = {"counts_V": counts_V, "variant": RECIPES[recipe]}
-        write_draft(target, out, draft_vocab_size=draft_vocab_size, dtype=dtype, seed=seed, **chosen)
-    except (TargetError, CheckpointError, PreparedError, OSError) as error:
-        fail(str(error))
-    if counts_V is not None:
-        console.print(coverage(counts_V, draft_vocab_size))
-    console.print(f"wrote {out}")
+class _LoadedWhenAsked(TyperGroup):
+    """Commands whose modules need seconds are loaded when they are asked for, and for ``--help``."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return [*super().list_commands(ctx), *_slow_commands()]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if (load := _slow_commands().get(cmd_name)) is None:
+            return super().get_command(ctx, cmd_name)
+        one = typer.Typer(add_completion=False)
+        one.command(cmd_name)(load())
+        return typer.main.get_command(one)
+
+
+def _slow_commands() -> dict[str, Callable[[], Callable[..., None]]]:
+    own = {name: partial(pkgutil.resolve_name, where) for name, where in _SLOW.items()}
+    return own | {entry.name: entry.load for entry in importlib.metadata.entry_points(group=_COMMANDS)}
+
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, cls=_LoadedWhenAsked)
+console = Console()
 
 
 @app.command()
@@ -112,18 +108,10 @@ def drive_traffic(
         fail(f"first failure: {tally.failures[0]}", code=1)
 
 
-app.command("demo")(run_demo)
-app.command()(prepare_data)
 for _command in (versions_cli.versions, versions_cli.activate, versions_cli.rollback, versions_cli.gate):
     app.command()(_command)
 app.command()(versions_cli.events)
 app.add_typer(ab_app, name="ab")
-for _command in importlib.metadata.entry_points(group=_COMMANDS):
-    app.command(_command.name)(_command.load())
-
-
-def _vocab_size(target: str) -> int:
-    return load_target_config(resolve_target(target)).vocab_size
 
 
 def _fetch_status(url: str, api_key: str | None) -> dict:

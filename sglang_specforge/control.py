@@ -167,7 +167,8 @@ class ControlService:
                 logger.error("draft training: %s stays out: %s", newest.path, error)
 
     async def _take(self, ready: control.VersionReady) -> None:
-        version, verdict, gate = await self.swaps.add(Path(ready.path), "trainer"), ready.verdict, self.swaps.gate
+        version = await self.swaps.add(Path(ready.path), "trainer", by_trainer=True)
+        verdict, gate = ready.verdict, self.swaps.gate
         if verdict is not None:
             self._verdicts[version] = verdict
             if len(self._verdicts) > _VERDICTS:
@@ -193,6 +194,7 @@ class ControlService:
                 acceptance = _acceptance_by_version([rank["export"] for rank in ranks if rank["export"]])
                 if (why := guard.look(version, acceptance.get(str(version)))) and version == self.swaps.active:
                     logger.warning("draft training: version %d is taken back: %s", version, why)
+                    guard.forget()  # whether it succeeds or not
                     await self.swaps.roll_back("guard", why)
             except (SwapRefused, DraftHeld, UnknownVersion, NotAttached) as error:
                 logger.error("draft training: the guard cannot do its work: %s", error)

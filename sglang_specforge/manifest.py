@@ -8,7 +8,7 @@ import msgspec
 from sglang_specforge.drafts import CheckpointError
 
 Mode = Literal["auto", "propose", "off"]  # of the gate
-_REMEMBERED = 16
+_REMEMBERED = 16  # of those that were active, and of those that were added
 
 
 class Manifest(msgspec.Struct, kw_only=True):
@@ -17,16 +17,21 @@ class Manifest(msgspec.Struct, kw_only=True):
     active: int = 0
     earlier: list[int] = []  # versions that were active before, the latest last
     pinned: list[int] = []  # arms of an A/B
+    added: list[int] = []  # by hand, the latest last
     gate: Mode | None = None  # chosen while the server ran; None: as it was started
 
     @property
     def in_use(self) -> set[int]:
-        return {self.active, *self.earlier[-1:], *self.pinned}
+        return {self.active, *self.earlier[-1:], *self.pinned, *self.added}
 
     def activated(self, version: int) -> None:
         """Note that a version took the active one's place."""
         earlier = [v for v in self.earlier if v not in (version, self.active)]
         self.active, self.earlier = version, [*earlier, self.active][-_REMEMBERED:]
+
+    def keep(self, version: int) -> None:
+        """Note that somebody added a version: it is not the trainer's to delete."""
+        self.added = [*self.added, version][-_REMEMBERED:]
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":

@@ -93,8 +93,8 @@ class Swaps:
         self._manifest.gate = mode
         self._manifest.save(self.versions.root)
 
-    async def add(self, checkpoint: Path, who: str) -> int:
-        """Make a checkpoint a version of the run folder; returns its number.
+    async def add(self, checkpoint: Path, who: str, *, by_trainer: bool = False) -> int:
+        """Make a checkpoint a version of the run folder; returns its number. Trainers' come and go, others are kept.
 
         Raises:
             CheckpointError: it cannot be read or copied.
@@ -106,6 +106,9 @@ class Swaps:
         version = await asyncio.to_thread(self.versions.adopt, checkpoint, keep)
         if version > before:
             self.audit.write("added", who, version=version, path=checkpoint)
+            if not by_trainer:
+                self._manifest.keep(version)
+                self._manifest.save(self.versions.root)
         return version
 
     def known(self, version: int) -> int:

@@ -161,6 +161,17 @@ def test_unknown_versions_and_a_rollback_from_the_first_are_refused(run):
     asyncio.run(story())
 
 
+def test_what_was_added_by_hand_is_not_deleted_for_newer_ones(run, drafts):
+    async def story():
+        swaps = Swaps(run, Groups())
+        added = await swaps.add(drafts[0], "me")
+        for draft in drafts[1:]:
+            await swaps.add(draft, "trainer", by_trainer=True)
+        assert swaps.known_versions() == [0, added, 3, 4, 5]  # three are kept of the others
+
+    asyncio.run(story())
+
+
 def test_a_disk_that_takes_no_line_does_not_stop_a_change(run, drafts, caplog):
     async def story():
         swaps = Swaps(run, Groups())
