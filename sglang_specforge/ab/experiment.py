@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from sglang_specforge.ab.comparison import Block, Judgement, Turn, judge
 from sglang_specforge.ab.plan import Plan
 from sglang_specforge.export.acceptance import Standing, add_up, summary
-from sglang_specforge.swaps import NotAttached, SwapRefused, Swaps
+from sglang_specforge.swaps import Swaps
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +96,7 @@ class Experiments:
         )  # fmt: skip
         self._swaps.audit.write("ab_began", who, id=id, arms=versions, plan=plan.model_dump())
         self._running = asyncio.create_task(self._run(report), name=f"specforge-ab-{id}")
+        await asyncio.sleep(0)  # a task that is cancelled before it runs would not let the draft go
         return report
 
     async def stop(self, id: str, who: str) -> Report:
@@ -115,31 +116,30 @@ class Experiments:
             self._running.cancel()
 
     async def _run(self, report: Report) -> None:
-        holder = f"ab/{report.id}"
+        """To its end, whatever happens: then the draft is let go, and only then the report says that it is over."""
+        state = "ended"
         try:
-            await self._compare(report)
-            report.state = "ended"
-        except asyncio.CancelledError:
-            if self._abandoned:
-                raise
-            report.state = "stopped"
-        except (SwapRefused, NotAttached) as error:
-            report.state, report.why = "failed", str(error)
-            logger.error("draft training: A/B %s failed: %s", report.id, error)
-        try:
-            await self._swaps.show(report.incumbent, draft_training_window=0)
+            try:
+                await self._compare(report)
+            except asyncio.CancelledError:
+                if self._abandoned:
+                    raise
+                state = "stopped"
+            finally:
+                if not self._abandoned:
+                    await self._swaps.show(report.incumbent, draft_training_window=0)
             if report.plan.promote and report.winner not in (None, report.incumbent):
-                await self._swaps.activate(report.winner, holder, _in_words(report))
+                await self._swaps.activate(report.winner, f"ab/{report.id}", report.why)
                 report.promoted = True
-        except (SwapRefused, NotAttached) as error:
-            report.state, report.why = "failed", str(error)
-            logger.error("draft training: after A/B %s: %s", report.id, error)
+        except Exception as error:  # a draft that nobody lets go could not be changed any more
+            state, report.why = "failed", str(error)
+            logger.exception("draft training: A/B %s failed", report.id)
         finally:
-            report.ended = datetime.now(UTC)
             self._swaps.let_go()
-            self._save(report)
-            facts = report.model_dump(include={"state", "outcome", "winner", "promoted", "why"})
-            self._swaps.audit.write("ab_ended", report.who, id=report.id, blocks=len(report.blocks), **facts)
+        report.state, report.ended = state, datetime.now(UTC)
+        self._save(report)
+        facts = report.model_dump(include={"state", "outcome", "winner", "promoted", "why"})
+        self._swaps.audit.write("ab_ended", report.who, id=report.id, blocks=len(report.blocks), **facts)
 
     async def _compare(self, report: Report) -> None:
         plan, draws = report.plan, random.Random(report.plan.seed)
