@@ -175,6 +175,8 @@ class Experiments:
 
     async def _committed(self, window: int) -> list[list[int]]:
         exports = [rank["export"] for rank in await self._swaps.ranks() if rank["export"]]
+        if failures := [export["failure"] for export in exports if export.get("failure")]:
+            raise RuntimeError(f"acceptance is not counted any more: {failures[0]}")
         seen = [export["committed_by_window"].get(str(window)) for export in exports]
         return [add_up(by_standing[standing] for by_standing in seen if by_standing) for standing in Standing]
 
