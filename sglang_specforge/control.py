@@ -106,7 +106,7 @@ class ControlService:
             {
                 "version": version,
                 "path": str(path := self.swaps.path(version)),
-                "sha256": load_config(path).get(CONTENT_KEY),
+                "sha256": _content(path),
                 "active": version == bank["active_version"],
                 "resident": version in bank["resident_versions"],
                 "refused": bank["refused"].get(str(version)) or self.swaps.failed.get(version),
@@ -223,6 +223,12 @@ async def running(service: ControlService) -> Any:
 def _log_failure(task: asyncio.Task) -> None:
     if not task.cancelled() and task.exception():
         logger.error("draft training: control service ended; serving goes on", exc_info=task.exception())
+
+
+def _content(checkpoint: Path) -> str | None:
+    """SHA-256 of its weights; None where that was not noted, or the trainer has deleted it meanwhile."""
+    with contextlib.suppress(CheckpointError):
+        return load_config(checkpoint).get(CONTENT_KEY)
 
 
 def _acceptance_by_version(exports: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

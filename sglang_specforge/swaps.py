@@ -70,7 +70,7 @@ class Swaps:
             self._manifest.activated(run.draft_version)
         self._manifest.earlier = [v for v in self._manifest.earlier if v in self.known_versions()]
         self._manifest.pinned = []
-        self._manifest.save(self.versions.root)
+        self._note()
 
     @property
     def gate(self) -> Mode:
@@ -91,7 +91,7 @@ class Swaps:
         if mode != self.gate:
             self.audit.write("gate", who, before=self.gate, mode=mode, why=why)
         self._manifest.gate = mode
-        self._manifest.save(self.versions.root)
+        self._note()
 
     async def add(self, checkpoint: Path, who: str, *, by_trainer: bool = False) -> int:
         """Make a checkpoint a version of the run folder; returns its number. Trainers' come and go, others are kept.
@@ -108,7 +108,7 @@ class Swaps:
             self.audit.write("added", who, version=version, path=checkpoint)
             if not by_trainer:
                 self._manifest.keep(version)
-                self._manifest.save(self.versions.root)
+                self._note()
         return version
 
     def known(self, version: int) -> int:
@@ -151,7 +151,7 @@ class Swaps:
             await self.show(version)
             if version != self.active:
                 self._manifest.activated(version)
-            self._manifest.save(self.versions.root)
+            self._note()
             step = (await self.ranks())[0]["bank"]["active_since_step"]
             self.audit.write(event, who, **Change(before, version)._asdict(), step=step, why=why)
             return Change(before, version)
@@ -192,12 +192,12 @@ class Swaps:
             finally:
                 if self.holder != holder:
                     self._manifest.pinned = []
-                self._manifest.save(self.versions.root)
+                self._note()
 
     def let_go(self) -> None:
         self.holder, self._manifest.pinned = None, []
         self.is_free.set()
-        self._manifest.save(self.versions.root)
+        self._note()
 
     async def ranks(self) -> list[dict[str, Any]]:
         """``bank`` and ``export`` of each replica's first rank. Raises NotAttached."""
@@ -205,6 +205,13 @@ class Swaps:
         if not all("draft_training" in state for state in states):
             raise NotAttached("a scheduler runs without draft training: its plugin did not load; see the server's log")
         return [state["draft_training"] for state in states]
+
+    def _note(self) -> None:
+        """A disk that takes no note does not stop a change: only a restarted server would not know of it."""
+        try:
+            self._manifest.save(self.versions.root)
+        except OSError as error:
+            logger.error("draft training: what is active cannot be noted in %s: %s", self.versions.root, error)
 
     def _check_held(self, who: str) -> None:
         if self.holder not in (None, who):

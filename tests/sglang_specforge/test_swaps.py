@@ -172,13 +172,15 @@ def test_what_was_added_by_hand_is_not_deleted_for_newer_ones(run, drafts):
     asyncio.run(story())
 
 
-def test_a_disk_that_takes_no_line_does_not_stop_a_change(run, drafts, caplog):
+def test_a_disk_that_takes_no_note_does_not_stop_a_change(run, drafts, caplog):
     async def story():
         swaps = Swaps(run, Groups())
         version = await swaps.add(drafts[0], "me")
-        (run.run_dir / "audit.jsonl").unlink()
-        (run.run_dir / "audit.jsonl").mkdir()
+        for file in (run.run_dir / "audit.jsonl", swaps.versions.root / "manifest.json"):
+            file.unlink()
+            file.mkdir()
         assert await swaps.activate(version, "me") == (0, version)
-        assert "takes no line" in caplog.text
+        assert "audit.jsonl takes no line" in caplog.text
+        assert "what is active cannot be noted" in caplog.text
 
     asyncio.run(story())
