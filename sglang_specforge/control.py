@@ -165,6 +165,8 @@ class ControlService:
                 await self._take(newest)
             except (CheckpointError, UnknownVersion, SwapRefused, DraftHeld, NotAttached) as error:
                 logger.error("draft training: %s stays out: %s", newest.path, error)
+            except Exception:  # the next one is heard of all the same
+                logger.exception("draft training: %s stays out", newest.path)
 
     async def _take(self, ready: control.VersionReady) -> None:
         version = await self.swaps.add(Path(ready.path), "trainer", by_trainer=True)
@@ -198,6 +200,8 @@ class ControlService:
                     await self.swaps.roll_back("guard", why)
             except (SwapRefused, DraftHeld, UnknownVersion, NotAttached) as error:
                 logger.error("draft training: the guard cannot do its work: %s", error)
+            except Exception:  # it goes on watching
+                logger.exception("draft training: the guard cannot do its work")
 
     async def _show_metrics(self) -> None:
         metrics = Metrics.served()

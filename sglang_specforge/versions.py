@@ -89,15 +89,15 @@ class VersionFolder:
         for known in reversed(self.published()):
             if load_config(self.path(known)) == config:
                 return known
-        version = self._claim()
+        version = None
         try:
+            version = self._claim()
             shutil.copyfile(checkpoint / "model.safetensors", self.path(version) / "model.safetensors")
             save_config(self.path(version), config)
         except OSError as error:
-            shutil.rmtree(self.path(version), ignore_errors=True)
-            raise CheckpointError(
-                f"draft checkpoint {checkpoint} cannot be copied to {self.path(version)}: {error}"
-            ) from error
+            if version is not None:
+                shutil.rmtree(self.path(version), ignore_errors=True)
+            raise CheckpointError(f"draft checkpoint {checkpoint} cannot be copied to {self.root}: {error}") from error
         self._prune(keep)
         return version
 
