@@ -42,11 +42,14 @@ def save_config(folder: Path, config: dict[str, Any]) -> None:
 
 
 def load_config(folder: Path) -> dict[str, Any]:
-    """``config.json`` of a checkpoint, as it is."""
+    """``config.json`` of a checkpoint, as it is. Raises CheckpointError."""
     try:
-        return json.loads((folder / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:  # ValueError: not JSON, not text, or no path that a system has
         raise CheckpointError(f"draft checkpoint {folder}: config.json cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"draft checkpoint {folder}: config.json holds no object, but {str(config)[:80]!r}")
+    return config
 
 
 def load_checked(folder: Path, served: dict[str, Any], fingerprint: str) -> dict[str, torch.Tensor]:

@@ -90,5 +90,8 @@ class DraftBank:
         try:
             tensors = load_checked(self._run.version_path(version), self._config, self._run.target_fingerprint)
             self._resident[version] = self._live.load_shadows(tensors)
-        except (CheckpointError, RuntimeError) as error:  # RuntimeError: out of memory, a loader's refusal
+        except CheckpointError as error:
             self.refuse(version, str(error))
+        except Exception as error:  # out of memory, a loader's refusal: whoever waits for the version has to hear of it
+            logger.exception("draft training: loading version %d", version)
+            self.refuse(version, f"{type(error).__name__}: {error}")

@@ -11,7 +11,9 @@ class Plan(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    arms: Annotated[list[Annotated[StrictInt, Field(ge=0)] | Literal["active"]], Field(min_length=2, max_length=8)]
+    arms: Annotated[
+        list[Annotated[StrictInt, Field(ge=0, lt=2**53)] | Literal["active"]], Field(min_length=2, max_length=8)
+    ]
     window_s: float = Field(5.0, ge=0.1, le=3600, description="Shortest turn of an arm, in seconds.")
     min_passes: int = Field(
         50, ge=1, le=1_000_000, description="Verifications of a request that a turn has to see; without load it waits."

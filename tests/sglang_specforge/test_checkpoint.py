@@ -174,3 +174,15 @@ def test_weights_that_changed_on_disk_are_refused(draft, target):
     change(draft, **{"norm.weight": torch.full((16,), 2.0)})
     with pytest.raises(CheckpointError, match="SHA-256"):
         check(draft, target)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"\xff\xfe", b"{", b"3"])
+def test_a_configuration_that_is_none_is_refused(tmp_path, draft, content):
+    (draft / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        VersionFolder(tmp_path / "run").adopt(draft, keep=2)
+
+
+def test_a_path_that_no_system_has_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="null byte"):
+        VersionFolder(tmp_path / "run").adopt(tmp_path / "a\0b", keep=2)
