@@ -6,14 +6,15 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 
 
+Arm = Annotated[StrictInt, Field(ge=0, lt=2**53)] | Literal["active"]
+
+
 class Plan(BaseModel):
     """Body of ``POST /draft/ab``. Arms are draft versions; the first is what the others are compared with."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    arms: Annotated[
-        list[Annotated[StrictInt, Field(ge=0, lt=2**53)] | Literal["active"]], Field(min_length=2, max_length=8)
-    ]
+    arms: Annotated[list[Arm], Field(min_length=2, max_length=8)]
     window_s: float = Field(5.0, ge=0.1, le=3600, description="Shortest turn of an arm, in seconds.")
     min_passes: int = Field(
         50, ge=1, le=1_000_000, description="Verifications of a request that a turn has to see; without load it waits."
