@@ -5,7 +5,6 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 
-
 Arm = Annotated[StrictInt, Field(ge=0, lt=2**53)] | Literal["active"]
 
 
