@@ -27,8 +27,8 @@ from sglang_specforge.ab.experiment import Report
 SERVING = ("--max-total-tokens", 16384, "--max-running-requests", 16, "--draft-gate", "off")
 
 
-def compare_with_itself(client: httpx.Client, version: int, plan: dict[str, Any]) -> Report:
-    answer = client.post("/draft/ab", json={"arms": [version, version], **plan})
+def compare_with_itself(client: httpx.Client, plan: dict[str, Any]) -> Report:
+    answer = client.post("/draft/ab", json={"arms": ["active", "active"], **plan})
     answer.raise_for_status()
     while (report := Report.model_validate_json(answer.content)).state == "running":
         time.sleep(0.5)
@@ -51,13 +51,12 @@ def main(
 ) -> None:
     plan = {"window_s": window_s, "max_blocks": blocks, "min_passes": 50, "smallest_difference": 0.02}
     found: list[Report] = []
-    with tempfile.TemporaryDirectory() as folder, start_capturing(target, Path(folder), *SERVING) as server:
+    serving = (*SERVING, "--speculative-draft-model-path", draft.resolve())
+    with tempfile.TemporaryDirectory() as folder, start_capturing(target, Path(folder), *serving) as server:
         client = httpx.Client(base_url=server.url, timeout=120, trust_env=False)
-        added = client.post("/draft/versions", json={"path": str(draft.resolve())}).raise_for_status()
-        version = added.json()["version"]
         with in_background(server.url) as load:
             for seed in range(runs):
-                found.append(compare_with_itself(client, version, {**plan, "seed": seed}))
+                found.append(compare_with_itself(client, {**plan, "seed": seed}))
                 report = found[-1]
                 print(f"run {seed}: {report.outcome} {report.why}, acceptance {report.arms[0].acceptance_length:.3f}")
     outcomes = Counter(report.outcome for report in found)
