@@ -108,9 +108,8 @@ def drive_traffic(
         fail(f"first failure: {tally.failures[0]}", code=1)
 
 
-for _command in (versions_cli.versions, versions_cli.activate, versions_cli.rollback, versions_cli.gate):
-    app.command()(_command)
-app.command()(versions_cli.events)
+for _name in ("versions", "activate", "rollback", "gate", "events"):
+    app.command()(getattr(versions_cli, _name))
 app.add_typer(ab_app, name="ab")
 
 
