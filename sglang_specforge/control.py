@@ -18,16 +18,17 @@ import zmq.asyncio
 from sglang_specforge.ab.experiment import Experiments
 from sglang_specforge.checkpoint import CONTENT_KEY, CheckpointError, load_config
 from sglang_specforge.contracts import control
+from sglang_specforge.drift import ALL
 from sglang_specforge.export.acceptance import summary
-from sglang_specforge.guard import Guard
 from sglang_specforge.metrics import Metrics
 from sglang_specforge.settings import Run
 from sglang_specforge.supervisor import TrainerSupervisor
 from sglang_specforge.swaps import DraftHeld, Engine, NotAttached, SwapRefused, Swaps, UnknownVersion
+from sglang_specforge.watch import Watch, by_slice, by_version
 
 logger = logging.getLogger(__name__)
 
-_GUARD_EVERY_S, _METRICS_EVERY_S = 2.0, 2.0
+_LOOK_EVERY_S = 2.0
 _VERDICTS = 256  # that are remembered
 _SILENT_S = 10.0  # a trainer not heard of for so long is shown as lagging
 
@@ -43,7 +44,7 @@ class ControlService:
         self._heartbeat = control.Heartbeat()
         self._heard_at: float | None = None
         self._announced: asyncio.Queue[control.VersionReady] = asyncio.Queue()
-        self._guard = Guard()
+        self._watch = Watch(self.swaps)
         self._verdicts: dict[int, control.Verdict] = {}
         self._unreadable = 0
 
@@ -53,8 +54,7 @@ class ControlService:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._listen())
                 tasks.create_task(self._take_announced())
-                tasks.create_task(self._watch_acceptance())
-                tasks.create_task(self._show_metrics())
+                tasks.create_task(self._look())
                 if self._supervisor is not None:
                     tasks.create_task(self._supervisor.keep_alive())
         finally:
@@ -66,7 +66,9 @@ class ControlService:
 
     async def status(self) -> dict[str, Any]:
         """The answer of ``GET /draft/status``. Raises NotAttached."""
-        ranks = await self.swaps.ranks()
+        return self._status_of(await self.swaps.ranks())
+
+    def _status_of(self, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         exports = [rank["export"] for rank in ranks if rank["export"]]
         ledger = self._heartbeat.ledger
         captured, sent = (sum(export[key] for export in exports) for key in ("captured", "sent"))
@@ -81,10 +83,11 @@ class ControlService:
                 "failed_swaps": {str(v): why for v, why in self.swaps.failed.items()},
                 "gate": self.swaps.gate,
                 "held_by": self.swaps.holder,
-                "guard": self._guard.status(),
+                **self._watch.status(),
             },
             "acceptance": summary(export["committed"] for export in exports),
-            "acceptance_by_version": _acceptance_by_version(exports),
+            "acceptance_by_version": by_version(exports),
+            "acceptance_by_slice": {name: found for name, found in by_slice(exports).items() if name != ALL},
             "tokens": {
                 "captured": captured,
                 "trained": ledger.trained,
@@ -100,7 +103,7 @@ class ControlService:
     async def versions(self) -> list[dict[str, Any]]:
         """The answer of ``GET /draft/versions``: every version of the run folder, oldest first. Raises NotAttached."""
         ranks = await self.swaps.ranks()
-        acceptance = _acceptance_by_version([rank["export"] for rank in ranks if rank["export"]])
+        acceptance = by_version([rank["export"] for rank in ranks if rank["export"]])
         bank = ranks[0]["bank"]
         return [
             {
@@ -182,33 +185,20 @@ class ControlService:
             event = "proposed" if gate == "propose" else "held_back"
             self.swaps.audit.write(event, "gate", version=version, why=why)
 
-    async def _watch_acceptance(self) -> None:
-        """After each activation, live acceptance of the new version against that of the one before it."""
-        guard = self._guard
+    async def _look(self) -> None:
+        """Live acceptance, every two seconds: for the guard, for drift, and for who scrapes metrics."""
+        metrics = Metrics.served()
         while True:
-            await asyncio.sleep(_GUARD_EVERY_S)
-            if self.swaps.holder is not None or self.swaps.gate == "off":
-                guard.forget()
-                continue
+            await asyncio.sleep(_LOOK_EVERY_S)
             try:
                 ranks = await self.swaps.ranks()
-                version = ranks[0]["bank"]["active_version"]
-                acceptance = _acceptance_by_version([rank["export"] for rank in ranks if rank["export"]])
-                if (why := guard.look(version, acceptance.get(str(version)))) and version == self.swaps.active:
-                    logger.warning("draft training: version %d is taken back: %s", version, why)
-                    guard.forget()  # whether it succeeds or not
-                    await self.swaps.roll_back("guard", why)
-            except (SwapRefused, DraftHeld, UnknownVersion, NotAttached) as error:
-                logger.error("draft training: the guard cannot do its work: %s", error)
-            except Exception:  # it goes on watching
-                logger.exception("draft training: the guard cannot do its work")
-
-    async def _show_metrics(self) -> None:
-        metrics = Metrics.served()
-        while metrics is not None:
-            await asyncio.sleep(_METRICS_EVERY_S)
-            with contextlib.suppress(NotAttached):  # said where the status is asked for
-                metrics.show(await self.status())
+                await self._watch.look(ranks)
+                if metrics is not None:
+                    metrics.show(self._status_of(ranks))
+            except NotAttached:  # said where the status is asked for
+                continue
+            except Exception:  # it goes on looking
+                logger.exception("draft training: live acceptance cannot be looked at")
 
 
 @contextlib.asynccontextmanager
@@ -233,12 +223,6 @@ def _content(checkpoint: Path) -> str | None:
     """SHA-256 of its weights; None where that was not noted, or the trainer has deleted it meanwhile."""
     with contextlib.suppress(CheckpointError):
         return load_config(checkpoint).get(CONTENT_KEY)
-
-
-def _acceptance_by_version(exports: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    histograms = [export["committed_by_version"] for export in exports]
-    versions = sorted({version for by_version in histograms for version in by_version}, key=int)
-    return {v: summary(by_version[v] for by_version in histograms if v in by_version) for v in versions}
 
 
 def _add_up(counts: list[dict[str, int]]) -> dict[str, int]:

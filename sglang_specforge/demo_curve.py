@@ -57,7 +57,7 @@ class Curve:
     @property
     def now(self) -> Stretch:
         """The last half minute."""
-        return self._up_to(len(self.looks) - 1, WINDOW_S)
+        return self.up_to(len(self.looks) - 1, WINDOW_S)
 
     @property
     def first_version(self) -> Stretch:
@@ -85,7 +85,7 @@ class Curve:
 
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.subplots()
-        points = [(self.looks[i].s, self._up_to(i, WINDOW_S / 2).acceptance_length) for i in range(1, len(self.looks))]
+        points = [(self.looks[i].s, self.up_to(i, WINDOW_S / 2).acceptance_length) for i in range(1, len(self.looks))]
         axes.plot(*zip(*points, strict=True), linewidth=2)
         for before, after in zip(self.looks, self.looks[1:], strict=False):
             if after.version != before.version:
@@ -95,6 +95,7 @@ class Curve:
         axes.set_title("Acceptance length while the server serves (dotted: a draft version goes live)", pad=14)
         figure.savefig(file, dpi=120)
 
-    def _up_to(self, index: int, window_s: float) -> Stretch:
+    def up_to(self, index: int, window_s: float) -> Stretch:
+        """The last ``window_s`` before the look at ``index``."""
         last = self.looks[index]
         return Stretch(next(look for look in self.looks if look.s >= last.s - window_s), last)

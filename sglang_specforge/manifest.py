@@ -18,6 +18,7 @@ class Manifest(msgspec.Struct, kw_only=True):
     earlier: list[int] = []  # versions that were active before, the latest last
     pinned: list[int] = []  # arms of an A/B
     added: list[int] = []  # by hand, the latest last
+    moved: dict[str, float] = {}  # slices ("": all) whose traffic changed, and when, in seconds of the epoch
     gate: Mode | None = None  # chosen while the server ran; None: as it was started
 
     @property

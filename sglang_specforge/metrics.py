@@ -9,6 +9,7 @@ _GAUGES = {
     "active_version": "Draft version in service.",
     "acceptance_length": "Tokens a verification, of the draft version in service, since the server's start.",
     "held_out_acceptance_length": "Of the newest draft version, by simulation on held-out samples.",
+    "moved_slices": "Slices, and all traffic as one, whose acceptance fell and has not recovered (drift).",
     "trainer_step": "Optimizer steps.",
     "trainer_silent_seconds": "Since the trainer was last heard of.",
 }
@@ -56,6 +57,7 @@ class Metrics:
 def _gauged(status: dict[str, Any]) -> Iterator[tuple[str, float | None]]:
     active = status["draft"]["active_version"]
     yield "active_version", active
+    yield "moved_slices", len(status["draft"]["drift"]["moved"])
     yield "acceptance_length", status["acceptance_by_version"].get(str(active), {}).get("length")
     yield "held_out_acceptance_length", status["trainer"]["held_out_acceptance_length"]
     yield "trainer_step", status["trainer"]["step"]

@@ -37,6 +37,9 @@ class OnlineSettings(TrainingSettings):
     replay_policy: Literal["newest", "reservoir"] = Field(
         "newest", description="Which samples stay when there are too many: the newest, or a thinning share of all."
     )
+    drift_weight: float = Field(
+        4.0, ge=1, description="How often samples that came after a fall of acceptance are drawn, against those before."
+    )
     epochs_per_token: float = Field(4.0, gt=0, description="How often, on average, a captured token is trained on.")
     holdout_every: int = Field(
         20, ge=2, description="About one sequence in so many is held out for evaluation, by its content."

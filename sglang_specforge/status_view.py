@@ -16,13 +16,15 @@ def render(status: dict[str, Any]) -> Table:
 
 def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
     draft, trainer, tokens = status["draft"], status["trainer"], status["tokens"]
-    by_version = status["acceptance_by_version"]
+    by_version, by_slice = status["acceptance_by_version"], status["acceptance_by_slice"]
     dropped = {reason: count for reason, count in tokens["dropped"].items() if count}
     rows = [
         ("draft version", f"{draft['active_version']} active, {draft['swaps']} swaps"),
         ("  gate", f"{draft['gate']}{', held by ' + draft['held_by'] if draft['held_by'] else ''}"),
         ("acceptance length", f"{_number(status['acceptance']['length'])} overall"),
         ("  by version", "  ".join(f"{v}: {n['length']:.2f}" for v, n in list(by_version.items())[-8:]) or "-"),
+        ("  of slices", "  ".join(f"{name}: {n['length']:.2f}" for name, n in by_slice.items()) or "-"),
+        ("  drift", _moves(draft["drift"]["moved"])),
         ("requests captured", _requests(status["export"])),
         ("  carried by", ", ".join(sorted({_transport(export) for export in status["export"]}))),
         ("tokens captured", f"{tokens['captured']:,}"),
@@ -49,6 +51,15 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append((f"version {version} stays out", why))
     rows += [("exporter stopped", export["failure"]) for export in status["export"] if export["failure"]]
     return rows
+
+
+def _moves(moved: dict[str, dict[str, Any]]) -> str:
+    return "; ".join(map(_move, moved, moved.values())) or "none"
+
+
+def _move(name: str, move: dict[str, Any]) -> str:
+    before, now = _number(move["before"]), _number(move["now"])
+    return f"{name or 'all traffic'} fell {move['since_s']:.0f} s ago, {before} before, {now} now"
 
 
 def _requests(exports: list[dict[str, Any]]) -> str:

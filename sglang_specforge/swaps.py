@@ -69,7 +69,7 @@ class Swaps:
         if self._manifest.active != run.draft_version:
             self._manifest.activated(run.draft_version)
         self._manifest.earlier = [v for v in self._manifest.earlier if v in self.known_versions()]
-        self._manifest.pinned = []
+        self._manifest.pinned, self._manifest.moved = [], {}
         self._note()
 
     @property
@@ -91,6 +91,11 @@ class Swaps:
         if mode != self.gate:
             self.audit.write("gate", who, before=self.gate, mode=mode, why=why)
         self._manifest.gate = mode
+        self._note()
+
+    def set_moved(self, moved: dict[str, float]) -> None:
+        """Slices ("": all) whose traffic has changed, and when, in seconds of the epoch: the trainer reads it."""
+        self._manifest.moved = moved
         self._note()
 
     async def add(self, checkpoint: Path, who: str, *, by_trainer: bool = False) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from pydoc_data.topics import topics
+from typing import Literal
 
 import httpx
 
@@ -16,19 +17,22 @@ from sglang_specforge.client import authorization
 # Folders of the standard library whose text is data or fixtures rather than code.
 _SKIPPED_FOLDERS = {"test", "tests", "site-packages", "encodings", "idlelib", "lib2to3", "pydoc_data", "__pycache__"}
 _TIMEOUT_S = 300.0
+Family = Literal["code", "prose"]
 
 
-def read_documents() -> list[str]:
-    """Text that every Python installation carries: the standard library's sources and the language reference."""
+def read_documents(family: Family | None = None) -> list[str]:
+    """Text that every Python installation carries: the standard library's sources (``code``), the language reference
+    (``prose``), or both."""
     root = Path(sysconfig.get_paths()["stdlib"])
     sources = [p for p in sorted(root.rglob("*.py")) if not _SKIPPED_FOLDERS & set(p.relative_to(root).parts)]
-    documents = [p.read_text(encoding="utf-8", errors="ignore") for p in sources] + list(topics.values())
-    return [d for d in documents if len(d) > 200]
+    code = [p.read_text(encoding="utf-8", errors="ignore") for p in sources] if family != "prose" else []
+    prose = list(topics.values()) if family != "code" else []
+    return [document for document in code + prose if len(document) > 200]
 
 
-def stream_prompts(seed: int, lines: tuple[int, int] = (1, 6)) -> Iterator[str]:
+def stream_prompts(seed: int, lines: tuple[int, int] = (1, 6), family: Family | None = None) -> Iterator[str]:
     """Endless prompts: a few consecutive lines of a document each."""
-    rng, documents = random.Random(seed), read_documents()
+    rng, documents = random.Random(seed), read_documents(family)
     weights = [len(d) for d in documents]
     while True:
         text = rng.choices(documents, weights)[0].splitlines(keepends=True)

@@ -3,9 +3,10 @@
 import logging
 import os
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch.distributed as dist
 from pydantic import BeforeValidator, Field
@@ -51,6 +52,7 @@ class Watch:
         self.url, self._api_key = url, api_key
         self.run: Run | None = None  # the newest that it told of
         self.silence = ""  # why it does not answer now
+        self.moved: dict[str, float] = {}  # as ``online.Servers`` has it
 
     def start(self) -> None:
         threading.Thread(target=self._keep_looking, name=f"specforge-watch-{self.url}", daemon=True).start()
@@ -58,6 +60,8 @@ class Watch:
     def look(self) -> None:
         try:
             self.run, silence = run_of(self.url, self._api_key), ""
+            moved = self._status()["draft"]["drift"]["moved"]
+            self.moved = {name: time.time() - move["since_s"] for name, move in moved.items()}
         except Unanswered as error:
             silence = str(error)
         if silence and not self.silence:
@@ -67,7 +71,10 @@ class Watch:
         self.silence = silence
 
     def active_version(self) -> int:
-        return request("GET", self.url, "/draft/status", self._api_key, timeout=10).json()["draft"]["active_version"]
+        return self._status()["draft"]["active_version"]
+
+    def _status(self) -> dict[str, Any]:
+        return request("GET", self.url, "/draft/status", self._api_key, timeout=10).json()
 
     def _keep_looking(self) -> None:
         wait = threading.Event()
@@ -111,6 +118,11 @@ class AttachedServers:
 
     def served(self) -> int | None:
         return None
+
+    def moved(self) -> dict[str, float]:
+        """Where several servers say it of a slice, since the latest."""
+        moves = [move for watch in self._watches for move in watch.moved.items()]
+        return dict(sorted(moves, key=lambda move: move[1]))
 
     def _problem(self, run: Run) -> str | None:
         for name in _ALIKE:

@@ -45,6 +45,9 @@ class Servers(Protocol):
     def served(self) -> int | None:
         """Version of the trainer's run folder that is in service; None where servers number their own."""
 
+    def moved(self) -> dict[str, float]:
+        """Slices ("": all) whose acceptance fell, and when, in seconds of the epoch."""
+
 
 class OwnServer:
     """The one that started this trainer."""
@@ -60,7 +63,13 @@ class OwnServer:
         return os.getppid() != self._parent_pid or not is_alive(int(os.environ[SERVER_PID_VARIABLE]))
 
     def served(self) -> int | None:
-        return Manifest.load(VersionFolder(self._run.run_dir).root).active
+        return self._manifest().active
+
+    def moved(self) -> dict[str, float]:
+        return self._manifest().moved
+
+    def _manifest(self) -> Manifest:
+        return Manifest.load(VersionFolder(self._run.run_dir).root)
 
 
 class OnlineSource:
@@ -100,6 +109,7 @@ class OnlineSource:
             settings.epochs_per_token,
             settings.replay_policy,
             settings.slice_weights,
+            settings.drift_weight,
         )
         self._prefixes = PrefixStore(job.target_fingerprint, settings.prefix_store_mb << 20)
         for run in servers.runs():
@@ -156,6 +166,7 @@ class OnlineSource:
             return
         self._beat_s = time.monotonic()
         self._follow_servers()
+        self._replay.follow(self._servers.moved())
         beat = control.Heartbeat(
             pid=os.getpid(),
             state="training" if learning else "waiting",

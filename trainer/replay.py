@@ -4,7 +4,7 @@ import hashlib
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 from sglang_specforge.contracts.control import Staleness, TokenLedger
@@ -17,12 +17,13 @@ Policy = Literal["newest", "reservoir"]
 
 class _Kept(NamedTuple):
     sample: Sample
-    came_s: float
+    came_s: float  # of the epoch
     ledger: TokenLedger  # of the stream that it came by
 
 
 class ReplayBuffer:
-    """A token budget: fresh samples first, then older ones at random, by the weights of their slices.
+    """A token budget: fresh samples first, then older ones at random, by the weights of their slices; those that came
+    after a fall of their slice's acceptance weigh ``drift_weight`` times as much (``follow``).
 
     What is held out is chosen by content, so that a sequence that comes again stays on its side. One that is there
     already is not stored twice. A token that comes in pays for ``epochs`` passes over a token, so that a quiet server
@@ -38,11 +39,14 @@ class ReplayBuffer:
         epochs: float,
         policy: Policy = "newest",
         slice_weights: Mapping[str, float] | None = None,
+        drift_weight: float = 1.0,
+        clock: Callable[[], float] = time.time,
     ) -> None:
-        self._weights = slice_weights or {}
+        self._weights, self._drift_weight, self._clock = slice_weights or {}, drift_weight, clock
+        self._moved: Mapping[str, float] = {}
         self._capacity_tokens, self._holdout_every = capacity_tokens, holdout_every
         self._epochs, self._credit_tokens, self._policy = epochs, 0.0, policy
-        self._held_out: OrderedDict[bytes, Sample] = OrderedDict()
+        self._held_out: OrderedDict[bytes, _Kept] = OrderedDict()
         self._fresh: OrderedDict[bytes, _Kept] = OrderedDict()
         self._trained: OrderedDict[bytes, _Kept] = OrderedDict()
         self._tokens = 0
@@ -54,8 +58,12 @@ class ReplayBuffer:
 
     @property
     def held_out(self) -> list[Sample]:
-        """Oldest first."""
-        return list(self._held_out.values())
+        """Oldest first, without those from before a fall of their slice's acceptance: nothing like them is served."""
+        return [k.sample for k in self._held_out.values() if (since := self._fell(k)) is None or k.came_s >= since]
+
+    def follow(self, moved: Mapping[str, float]) -> None:
+        """The slices ("": all) whose acceptance has fallen, and when, in seconds of the epoch."""
+        self._moved = moved
 
     def fresh_tokens(self, ledger: TokenLedger) -> int:
         """Captured tokens that came with ``ledger`` and wait for their first step."""
@@ -69,14 +77,14 @@ class ReplayBuffer:
         """Take in a sample, whose tokens ``ledger`` accounts for; returns whether it is held out."""
         key = _key(sample)
         if int.from_bytes(key[:4], "little") % self._holdout_every == 0:
-            self._hold_out(key, sample)
+            self._hold_out(key, _Kept(sample, self._clock(), ledger))
             ledger.held_out += sample.captured
             return True
         self._credit_tokens += self._epochs * len(sample)
         if key in self._fresh or key in self._trained:
             ledger.drop("duplicate", sample.captured)
         else:
-            self._fresh[key] = _Kept(sample, time.monotonic(), ledger)
+            self._fresh[key] = _Kept(sample, self._clock(), ledger)
             self._tokens += len(sample)
             while self._tokens > self._capacity_tokens and len(self) > 1:
                 self._forget()
@@ -106,11 +114,18 @@ class ReplayBuffer:
 
     def _chance(self, kept: _Kept) -> float:
         """Sorted by it, samples lie in a random order, in which the weight of a slice is the chance to come last."""
-        return self._random.random() ** (1 / self._weights.get(kept.sample.slice, 1.0))
+        weight, since = self._weights.get(kept.sample.slice, 1.0), self._fell(kept)
+        if since is not None and kept.came_s >= since:
+            weight *= self._drift_weight
+        return self._random.random() ** (1 / weight)
 
-    def _hold_out(self, key: bytes, sample: Sample) -> None:
+    def _fell(self, kept: _Kept) -> float | None:
+        """When the acceptance of such samples fell."""
+        return self._moved.get(kept.sample.slice, self._moved.get(""))
+
+    def _hold_out(self, key: bytes, kept: _Kept) -> None:
         self._held_out.pop(key, None)
-        self._held_out[key] = sample
+        self._held_out[key] = kept
         if len(self._held_out) > _HELD_OUT_SAMPLES:
             self._held_out.popitem(last=False)
 
@@ -125,7 +140,7 @@ class ReplayBuffer:
         self._tokens -= len(gone.sample)
 
     def _look_at_age(self, batch: list[_Kept]) -> None:
-        now_s = time.monotonic()
+        now_s = self._clock()
         ages_s = [now_s - kept.came_s for kept in batch]
         self.staleness = Staleness(
             mean_age_s=sum(ages_s) / len(ages_s), oldest_age_s=max(ages_s), buffered_samples=len(self)

@@ -140,7 +140,8 @@ def _capture_verify(batch: Any, result: Any) -> None:
             aux_N3H, last_NH, tokens_N = (t.view(B, R, -1)[rows].flatten(0, 1) for t in (aux_N3H, last_NH, tokens_N))
         states, tokens_N = {"aux_N3H": aux_N3H, "last_NH": last_NH}, tokens_N.view(-1)
     requests = [one.request for _, one in admitted if one.left_out is None]
-    verified = Verified(R, chain, facts_BF, picked, counted, window, standings)
+    slices = [one.request.slice for _, one in admitted if one.request.is_counted]
+    verified = Verified(R, chain, facts_BF, picked, counted, slices, window, standings)
     _capture(requests, states, tokens_N, verified=verified)
 
 

@@ -1,16 +1,17 @@
-"""How many tokens verifications commit: overall, by draft version, and by window of an A/B (exporter thread).
+"""How many tokens verifications commit: overall, by draft version, slice, and window of an A/B (exporter thread).
 
 A histogram holds, at index n, the verifications of a request that committed n tokens, the bonus token included: enough
 for the acceptance length and for how often the draft was right at each depth.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterable
 from enum import IntEnum
 from typing import Any
 
 Histogram = list[int]
 CARRIED_OVER_PASSES = 8  # verifications of a running request that a window leaves out at its beginning
-_VERSIONS, _WINDOWS = 32, 8  # the newest, that are kept apart
+_VERSIONS, _WINDOWS, _SLICES = 32, 8, 32  # the newest, that are kept apart; of slices, those last served
 
 
 class Standing(IntEnum):
@@ -27,27 +28,42 @@ class Acceptance:
     def __init__(self) -> None:
         self._total: Histogram = []
         self._by_version: dict[int, Histogram] = {}
+        self._by_slice: OrderedDict[str, Histogram] = OrderedDict()
         self._by_window: dict[int, list[Histogram]] = {}  # by Standing
 
-    def count(self, version: int, committed: list[int], window: int = 0, standings: Iterable[int] = ()) -> None:
-        """One pass: the tokens that it committed for each request; in a window, with each one's ``Standing``."""
+    def count(
+        self,
+        version: int,
+        committed: list[int],
+        slices: Iterable[str],
+        window: int = 0,
+        standings: Iterable[int] = (),
+    ) -> None:
+        """One pass: the tokens that it committed for each request, and the request's slice ("": none); in a window,
+        with each one's ``Standing``."""
         if not committed:
             return
         by_version = self._by_version.setdefault(version, [])
-        for tokens in committed:
+        for tokens, name in zip(committed, slices, strict=True):
             _add(self._total, tokens)
             _add(by_version, tokens)
+            if name:
+                _add(self._by_slice.setdefault(name, []), tokens)
+                self._by_slice.move_to_end(name)
         if window:
             by_standing = self._by_window.setdefault(window, [[] for _ in Standing])
             for tokens, standing in zip(committed, standings, strict=True):
                 _add(by_standing[standing], tokens)
         _bound(self._by_version, _VERSIONS)
         _bound(self._by_window, _WINDOWS)
+        while len(self._by_slice) > _SLICES:
+            self._by_slice.popitem(last=False)
 
     def status(self) -> dict[str, Any]:
         return {
             "committed": list(self._total),
             "committed_by_version": {str(v): list(counts) for v, counts in list(self._by_version.items())},
+            "committed_by_slice": {name: list(counts) for name, counts in list(self._by_slice.items())},
             "committed_by_window": {
                 str(w): [list(counts) for counts in by_standing] for w, by_standing in list(self._by_window.items())
             },

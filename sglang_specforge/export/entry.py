@@ -35,6 +35,7 @@ class Verified:
     facts_BF: Tensor  # int64: position of the request's first row, rows accepted, and its D drafted tokens
     picked: Sequence[int]  # the captured requests
     counted: Sequence[int]  # those whose acceptance counts
+    slices: Sequence[str]  # of each counted request
     window: int = 0  # of an A/B; 0: none
     standings: Sequence[int] = ()  # in a window, each counted request's ``acceptance.Standing``
 

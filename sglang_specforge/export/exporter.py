@@ -136,7 +136,9 @@ class Exporter:
         entry.wait()
         if entry.verified is not None:
             verified = entry.verified
-            self._acceptance.count(entry.draft_version, verified.committed(), verified.window, verified.standings)
+            self._acceptance.count(
+                entry.draft_version, verified.committed(), verified.slices, verified.window, verified.standings
+            )
         if entry.region is None:
             return
         spans = entry.spans()

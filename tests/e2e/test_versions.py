@@ -1,6 +1,7 @@
 """Drafts in production on the real server: activated, rolled back and compared under load, without a change to what
 clients get."""
 
+import itertools
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -132,6 +134,42 @@ def test_the_guard_takes_back_a_worse_draft_that_was_forced_past_the_gate(learni
     assert proposed[-1]["version"] > newest
     assert active(learning) == trained
     assert learning.post("/draft/activate", json={"version": proposed[-1]["version"]}).json()["changed"]
+
+
+def test_a_fall_of_acceptance_with_the_draft_unchanged_is_drift_of_the_slice_that_fell(learning):
+    learning.post("/draft/gate", json={"mode": "propose"})  # what is published meanwhile waits
+    version, ended, answers = active(learning), threading.Event(), []
+
+    def keep_asking(name, temperature):
+        body = {"sampling_params": {"max_new_tokens": 48, "temperature": temperature, "ignore_eos": True,
+                                    "custom_params": {"draft_slice": name}}}  # fmt: skip
+        for prompt in itertools.takewhile(lambda _: not ended.is_set(), itertools.cycle(prompts(50))):
+            answers.append(learning.post("/generate", json={"text": prompt, **body}))
+
+    def drift():
+        return learning.status()["draft"]["drift"]
+
+    with ThreadPoolExecutor(4) as pool:
+        steady = [pool.submit(keep_asking, "steady", 0.0) for _ in range(2)]
+        turning = [pool.submit(keep_asking, "turning", 0.0)]
+        try:
+            wait_for("what is usual", lambda: drift()["levels"].get("turning", {}).get("usual"))
+            assert "turning" not in drift()["moved"]
+            turning += [pool.submit(keep_asking, "turning", 2.0) for _ in range(2)]
+            wait_for("drift", lambda: "turning" in drift()["moved"])
+        finally:
+            ended.set()
+    assert all(not asking.exception() for asking in steady + turning)
+    assert {answer.status_code for answer in answers} == {200}
+    assert "steady" not in (moved := drift()["moved"])
+    assert active(learning) == version
+    told = [event for event in events(learning, "drift") if event["slice"] == "turning"]
+    assert "of slice 'turning' fell from" in told[0]["why"]
+    assert moved["turning"]["before"] > moved["turning"]["fell_to"]
+    slices = learning.status()["acceptance_by_slice"]
+    assert slices["steady"]["length"] > slices["turning"]["length"]
+    noted = json.loads((learning.run_dir / "versions" / "manifest.json").read_text())["moved"]
+    assert noted["turning"] > 0  # where the trainer reads it
 
 
 @pytest.fixture

@@ -114,7 +114,7 @@ FACTS = torch.tensor([[10, 2, 4, 7, 5, 3], [15, 1, 0, 0, 0, 0], [20, 4, 4, 8, 5,
 def test_verify_spans_are_the_accepted_paths_of_the_captured_requests(chain):
     copier = HostCopier(HostRing(1 << 16, False), torch.device("cpu"))
     requests = [Request("a", 4), Request("b", 4), Request("c", 4, 2, slice="code")]
-    verified = Verified(4, chain, FACTS, picked=[0, 2, 3], counted=[0, 1, 2, 3])
+    verified = Verified(4, chain, FACTS, picked=[0, 2, 3], counted=[0, 1, 2, 3], slices=[""] * 4)
     entry = copier.copy(requests, 0, states(12), torch.arange(12), verified=verified)
     assert sum(entry.verified.committed()) == 8
     assert entry.spans() == [
@@ -165,10 +165,15 @@ def test_a_reader_that_stops_reading_costs_requests_and_never_a_wait(endpoint):
 
 def test_acceptance_is_counted_of_passes_that_are_not_captured(endpoint):
     exporter, copier = exporting(endpoint, 1024)
-    verified = Verified(4, True, FACTS, picked=[], counted=[0, 3])
+    verified = Verified(4, True, FACTS, picked=[], counted=[0, 3], slices=["", "code"])
     exporter.capture(copier.copy([], 2, {}, torch.empty(0), verified=verified))
     wait_for(lambda: sum(exporter.counters()["committed"]) == 2)
-    expected = {"committed": [0, 1, 1], "committed_by_version": {"2": [0, 1, 1]}, "committed_by_window": {}}
+    expected = {
+        "committed": [0, 1, 1],
+        "committed_by_version": {"2": [0, 1, 1]},
+        "committed_by_slice": {"code": [0, 1]},
+        "committed_by_window": {},
+    }
     assert exporter.counters().items() >= expected.items()
     assert exporter.counters()["captured"] == 0
     exporter.stop()

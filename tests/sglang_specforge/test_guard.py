@@ -2,35 +2,61 @@
 
 import random
 
-from sglang_specforge.guard import Guard
+from sglang_specforge.guard import Cleared, Guard, Worse
 
 
 class Traffic:
     """Of one version: each look sees 100 verifications more."""
 
     def __init__(self, length, seed=0):
-        self._draws, self._length = random.Random(seed), length
+        self._draws, self.length = random.Random(seed), length
         self.seen = {"passes": 0, "tokens": 0}
 
     def more(self, passes=100):
         self.seen["passes"] += passes
-        self.seen["tokens"] += round(passes * (self._length + self._draws.gauss(0, 0.05)))
+        self.seen["tokens"] += round(passes * (self.length + self._draws.gauss(0, 0.05)))
         return dict(self.seen)
 
 
 def looks(guard, version, traffic, count=50):
-    """Of so many looks, the first that says why, and which one it was."""
+    """Of so many looks, the first that finds something, and which one it was."""
     found = ((i, guard.look(version, traffic.more())) for i in range(count))
-    return next(((i, why) for i, why in found if why), None)
+    return next(((i, finding) for i, finding in found if finding), None)
 
 
 def test_a_worse_version_is_found_out_within_a_minute_of_looks():
     guard = Guard()
     assert looks(guard, 1, Traffic(1.8), 20) is None
-    at, why = looks(guard, 2, Traffic(1.2))
+    at, found = looks(guard, 2, Traffic(1.2))
     assert at < 15
-    assert why.startswith("acceptance length 1.")
-    assert "of the version before 1." in why
+    assert isinstance(found, Worse) and found.version == 2
+    assert found.why.startswith("acceptance length 1.")
+    assert "of the version before 1." in found.why
+    assert looks(guard, 1, Traffic(1.8)) is None  # rightly
+
+
+def test_a_version_is_cleared_where_the_one_before_it_does_no_better_then():
+    guard = Guard()
+    assert looks(guard, 1, Traffic(1.8), 20) is None
+    newer = Traffic(1.9)
+    assert looks(guard, 2, newer, 10) is None
+    newer.length = 1.2  # the traffic has changed
+    _, found = looks(guard, 2, newer)
+    assert isinstance(found, Worse)
+    at, cleared = looks(guard, 1, Traffic(1.15))
+    assert isinstance(cleared, Cleared) and cleared.suspect.version == 2
+    assert at < 10
+    assert looks(guard, 2, newer) is None  # the other is the measure from now on
+
+
+def test_nobody_is_cleared_where_the_rollback_failed_or_something_else_went_live():
+    for next_version in (2, 3):
+        guard = Guard()
+        assert looks(guard, 1, Traffic(1.8), 20) is None
+        assert isinstance(looks(guard, 2, Traffic(1.2))[1], Worse)
+        if next_version == 3:
+            assert looks(guard, 1, Traffic(1.2), 3) is None
+        assert not isinstance(looks(guard, next_version, Traffic(1.2)), Cleared)
 
 
 def test_versions_that_are_as_good_stay():

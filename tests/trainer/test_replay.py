@@ -1,5 +1,6 @@
 """What is trained on, how often, and what is forgotten."""
 
+import itertools
 from collections import Counter
 
 import pytest
@@ -114,6 +115,27 @@ def test_older_samples_are_drawn_by_the_weights_of_their_slices():
     drawn = Counter(sample.slice for _ in range(2000) for sample in buffer.draw(10))
     assert drawn["code"] + drawn["chat"] == 2000
     assert drawn["code"] / drawn["chat"] == pytest.approx(4, rel=0.15)
+
+
+def test_after_a_fall_of_acceptance_what_came_since_is_drawn_more_and_evaluated_on_alone():
+    buffer, ledger = make(capacity=10_000, holdout_every=4, drift_weight=4.0, clock=itertools.count().__next__)
+    for seed in range(80):  # the first half of them before the fall, at 40
+        buffer.add(make_sample(10, seed=seed, slice=("code", "chat")[seed % 2]), ledger)
+    everything = buffer.held_out
+    buffer.draw(10_000)
+
+    def drawn():
+        return Counter((s.slice, int(s.rid[1:]) >= 40) for _ in range(2000) for s in buffer.draw(10))
+
+    buffer.follow({"code": 40.0})
+    counts = drawn()
+    assert counts["code", True] / counts["code", False] > 2.5
+    assert counts["chat", True] / counts["chat", False] < 2
+    assert [s for s in everything if s.slice == "chat" or int(s.rid[1:]) >= 40] == buffer.held_out
+    buffer.follow({"": 40.0})
+    assert [s for s in everything if int(s.rid[1:]) >= 40] == buffer.held_out
+    buffer.follow({})
+    assert buffer.held_out == everything
 
 
 def test_restored_context_fills_the_buffer_but_is_counted_with_the_sample_it_came_with():
