@@ -334,11 +334,18 @@ def two_ranks(start, drafts, monkeypatch):
     return start("--dtype", "float32", training=NOTHING, tp=2)
 
 
-def test_output_is_the_target_s_through_200_swaps_of_two_ranks(two_ranks, drafts, reference):
+def test_output_is_the_target_s_through_200_swaps_an_ab_and_a_rollback_of_two_ranks(two_ranks, drafts, reference):
     versions = [add(two_ranks, draft) for draft in drafts]
+    plan = {"arms": versions, "window_s": 0.5, "min_passes": 20, "max_blocks": 3}
     with load(two_ranks, reference()):
         swap_200_times(two_ranks, versions)
-    assert two_ranks.status()["draft"]["active_version"] == versions[1]
+        assert active(two_ranks) == versions[1]
+        id = two_ranks.post("/draft/ab", json=plan).json()["id"]
+        ended = wait_for("a verdict", lambda: (r := two_ranks.get(f"/draft/ab/{id}").json())["state"] == "ended" and r)
+        assert all(arm["acceptance_length"] > 1 for arm in ended["arms"])
+        assert active(two_ranks) == versions[1]
+        assert two_ranks.post("/draft/rollback", json={}).json()["version"] == versions[0]
+    assert active(two_ranks) == versions[0]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
