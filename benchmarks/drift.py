@@ -3,10 +3,9 @@ second::
 
     python benchmarks/drift.py [--minutes 3] [--json FILE]
 
-A real server with draft training is asked about prose for so many minutes and then about source code for as many. The
-peer is a second server, with the same settings, that is asked about source code alone for as long. Shown is the
-acceptance length of the last half minute before the turn, of the worst half minute after it, and at the end, beside the
-peer's.
+A real server with draft training gets prompts of prose for so many minutes and then tables of numbers for as many. The
+peer is a second server, with the same settings, that gets numbers alone for as long. Shown is the acceptance length of
+the last half minute before the turn, of the worst half minute after it, and at the end, beside the peer's.
 """
 
 import asyncio
@@ -75,19 +74,19 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
 ) -> None:
     with tempfile.TemporaryDirectory() as name:
-        turned, events = measure(target, Path(name) / "turned", ("prose", "code"), 60 * minutes)
-        alone, _ = measure(target, Path(name) / "alone", ("code",), 60 * minutes)
+        turned, events = measure(target, Path(name) / "turned", ("prose", "numbers"), 60 * minutes)
+        alone, _ = measure(target, Path(name) / "alone", ("numbers",), 60 * minutes)
     before, worst, end = turned[0], min(turned[1:]), turned[-1]
-    table = Table("acceptance length, of half a minute", "prose, then code", "code alone", title="drift")
+    table = Table("acceptance length, of half a minute", "prose, then numbers", "numbers alone", title="drift")
     for label, found, peer in (("before the turn", before, None), ("worst after it", worst, None),
                                ("at the end", end, alone[-1])):  # fmt: skip
         table.add_row(label, f"{found:.3f}", f"{peer:.3f}" if peer else "")
     Console(width=120).print(table)
-    print(f"at the end, to code alone: {end / alone[-1]:.3f}")
+    print(f"at the end, to numbers alone: {end / alone[-1]:.3f}")
     for event in events:
         print(event["time"], event["event"], event["who"], event.get("version", ""), event["why"])
     if json_file:
-        ratios = {"worst after the turn / before it": worst / before, "end / code alone": end / alone[-1]}
+        ratios = {"worst after the turn / before it": worst / before, "end / numbers alone": end / alone[-1]}
         samples = [{"before": before, "worst": worst, "end": end, "alone": alone[-1]}, *events]
         save_record(json_file, " ".join(sys.argv), ratios, samples)
 

@@ -17,17 +17,24 @@ from sglang_specforge.client import authorization
 # Folders of the standard library whose text is data or fixtures rather than code.
 _SKIPPED_FOLDERS = {"test", "tests", "site-packages", "encodings", "idlelib", "lib2to3", "pydoc_data", "__pycache__"}
 _TIMEOUT_S = 300.0
-Family = Literal["code", "prose"]
+Family = Literal["code", "prose", "numbers"]
 
 
 def read_documents(family: Family | None = None) -> list[str]:
     """Text that every Python installation carries: the standard library's sources (``code``), the language reference
-    (``prose``), or both."""
+    (``prose``), or both; or tables of random ``numbers``."""
+    if family == "numbers":
+        return [_table(random.Random(seed)) for seed in range(100)]
     root = Path(sysconfig.get_paths()["stdlib"])
     sources = [p for p in sorted(root.rglob("*.py")) if not _SKIPPED_FOLDERS & set(p.relative_to(root).parts)]
     code = [p.read_text(encoding="utf-8", errors="ignore") for p in sources] if family != "prose" else []
     prose = list(topics.values()) if family != "code" else []
     return [document for document in code + prose if len(document) > 200]
+
+
+def _table(rng: random.Random) -> str:
+    rows = ([rng.randrange(10 ** rng.randint(1, 6)) for _ in range(8)] for _ in range(50))
+    return "\n".join(" ".join(map(str, row)) for row in rows)
 
 
 def stream_prompts(seed: int, lines: tuple[int, int] = (1, 6), family: Family | None = None) -> Iterator[str]:

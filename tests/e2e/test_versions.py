@@ -21,6 +21,7 @@ import schemathesis
 from schemathesis.core.control import SkipTest
 from schemathesis.generation import GenerationMode
 
+from sglang_specforge.traffic import stream_prompts
 from tests.e2e.conftest import TRAINING, prompts, wait_for
 
 CLI = [sys.executable, "-m", "sglang_specforge"]
@@ -138,34 +139,38 @@ def test_the_guard_takes_back_a_worse_draft_that_was_forced_past_the_gate(learni
 
 def test_a_fall_of_acceptance_with_the_draft_unchanged_is_drift_of_the_slice_that_fell(learning):
     learning.post("/draft/gate", json={"mode": "propose"})  # what is published meanwhile waits
-    version, ended, answers = active(learning), threading.Event(), []
+    version, answers = active(learning), []
+    turned, ended = threading.Event(), threading.Event()
 
-    def keep_asking(name, temperature):
-        body = {"sampling_params": {"max_new_tokens": 48, "temperature": temperature, "ignore_eos": True,
+    def keep_asking(name, family, until):
+        body = {"sampling_params": {"max_new_tokens": 48, "temperature": 0, "ignore_eos": True,
                                     "custom_params": {"draft_slice": name}}}  # fmt: skip
-        for prompt in itertools.takewhile(lambda _: not ended.is_set(), itertools.cycle(prompts(50))):
+        for prompt in itertools.takewhile(lambda _: not until.is_set(), stream_prompts(0, family=family)):
             answers.append(learning.post("/generate", json={"text": prompt, **body}))
 
     def drift():
         return learning.status()["draft"]["drift"]
 
     with ThreadPoolExecutor(4) as pool:
-        steady = [pool.submit(keep_asking, "steady", 0.0) for _ in range(2)]
-        turning = [pool.submit(keep_asking, "turning", 0.0)]
+        asking = [pool.submit(keep_asking, "steady", "prose", ended) for _ in range(2)]
+        asking += [pool.submit(keep_asking, "turning", "prose", turned) for _ in range(2)]
         try:
-            wait_for("what is usual", lambda: drift()["levels"].get("turning", {}).get("usual"))
+            usual = wait_for("what is usual", lambda: drift()["levels"].get("turning", {}).get("usual"))
             assert "turning" not in drift()["moved"]
-            turning += [pool.submit(keep_asking, "turning", 2.0) for _ in range(2)]
+            turned.set()
+            asking += [pool.submit(keep_asking, "turning", "numbers", ended) for _ in range(2)]
             wait_for("drift", lambda: "turning" in drift()["moved"])
         finally:
+            turned.set()
             ended.set()
-    assert all(not asking.exception() for asking in steady + turning)
+    assert not any(asked.exception() for asked in asking)
     assert {answer.status_code for answer in answers} == {200}
     assert "steady" not in (moved := drift()["moved"])
     assert active(learning) == version
     told = [event for event in events(learning, "drift") if event["slice"] == "turning"]
     assert "of slice 'turning' fell from" in told[0]["why"]
-    assert moved["turning"]["before"] > moved["turning"]["fell_to"]
+    assert moved["turning"]["before"] == pytest.approx(usual)
+    assert moved["turning"]["fell_to"] < usual
     slices = learning.status()["acceptance_by_slice"]
     assert slices["steady"]["length"] > slices["turning"]["length"]
     noted = json.loads((learning.run_dir / "versions" / "manifest.json").read_text())["moved"]
