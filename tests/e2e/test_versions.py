@@ -137,19 +137,30 @@ def test_the_guard_takes_back_a_worse_draft_that_was_forced_past_the_gate(learni
     assert learning.post("/draft/activate", json={"version": proposed[-1]["version"]}).json()["changed"]
 
 
-def test_a_fall_of_acceptance_with_the_draft_unchanged_is_drift_of_the_slice_that_fell(learning):
-    learning.post("/draft/gate", json={"mode": "propose"})  # what is published meanwhile waits
-    version, answers = active(learning), []
+@pytest.fixture
+def client(start, drafts):
+    return start("--dtype", "float32", "--enable-metrics", training=NOTHING)
+
+
+def add(client, checkpoint):
+    answer = client.post("/draft/versions", json={"path": str(checkpoint), "activate": False})
+    assert answer.status_code == 200, answer.text
+    return answer.json()["version"]
+
+
+def test_a_fall_of_acceptance_with_the_draft_unchanged_is_drift_of_the_slice_that_fell(client, drafts):
+    version, answers = add(client, drafts[1]), []
+    client.post("/draft/activate", json={"version": version})
     turned, ended = threading.Event(), threading.Event()
 
     def keep_asking(name, family, until):
         body = {"sampling_params": {"max_new_tokens": 48, "temperature": 0, "ignore_eos": True,
                                     "custom_params": {"draft_slice": name}}}  # fmt: skip
         for prompt in itertools.takewhile(lambda _: not until.is_set(), stream_prompts(0, family=family)):
-            answers.append(learning.post("/generate", json={"text": prompt, **body}))
+            answers.append(client.post("/generate", json={"text": prompt, **body}))
 
     def drift():
-        return learning.status()["draft"]["drift"]
+        return client.status()["draft"]["drift"]
 
     with ThreadPoolExecutor(4) as pool:
         asking = [pool.submit(keep_asking, "steady", "prose", ended) for _ in range(2)]
@@ -166,26 +177,15 @@ def test_a_fall_of_acceptance_with_the_draft_unchanged_is_drift_of_the_slice_tha
     assert not any(asked.exception() for asked in asking)
     assert {answer.status_code for answer in answers} == {200}
     assert "steady" not in (moved := drift()["moved"])
-    assert active(learning) == version
-    told = [event for event in events(learning, "drift") if event["slice"] == "turning"]
+    assert active(client) == version
+    told = [event for event in events(client, "drift") if event["slice"] == "turning"]
     assert "of slice 'turning' fell from" in told[0]["why"]
     assert moved["turning"]["before"] == pytest.approx(usual)
     assert moved["turning"]["fell_to"] < usual
-    slices = learning.status()["acceptance_by_slice"]
+    slices = client.status()["acceptance_by_slice"]
     assert slices["steady"]["length"] > slices["turning"]["length"]
-    noted = json.loads((learning.run_dir / "versions" / "manifest.json").read_text())["moved"]
+    noted = json.loads((client.run_dir / "versions" / "manifest.json").read_text())["moved"]
     assert noted["turning"] > 0  # where the trainer reads it
-
-
-@pytest.fixture
-def client(start, drafts):
-    return start("--dtype", "float32", "--enable-metrics", training=NOTHING)
-
-
-def add(client, checkpoint):
-    answer = client.post("/draft/versions", json={"path": str(checkpoint), "activate": False})
-    assert answer.status_code == 200, answer.text
-    return answer.json()["version"]
 
 
 def test_a_live_comparison_finds_the_better_draft_and_promotes_it(client, drafts, reference, tmp_path):
