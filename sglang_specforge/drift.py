@@ -18,6 +18,7 @@ _MIN_PASSES = 30  # verifications of a request that one look has to see
 _BASELINE = 10  # looks that say what is usual of a version
 _LEAST_SPREAD = 0.01  # of a look, relative: a quiet beginning is no promise
 _ALLOWED, _THRESHOLD = 0.5, 15.0  # standard deviations: of the mean, and of the sum beyond it that is a fall
+_ANCHOR = 50  # looks that what was usual counts for
 _RECOVERED, _RECENT = 0.95, 5  # share of the length before, over so many looks, that ends a move
 _LONGEST_MOVE_S = 1800.0  # what has not recovered by then is what is usual now
 _REMEMBERED = 64  # looks
@@ -158,6 +159,8 @@ class _Level:
             if self.looks == _BASELINE:
                 logs = [math.log(length) for length in self._lengths]
                 self._usual = statistics.fmean(logs), max(statistics.stdev(logs), _LEAST_SPREAD)
+                for _ in range(_ANCHOR):  # the test's mean follows what it sees: a fall at once would be all it knows
+                    self._test.update(0.0)
             return None
         mean, spread = self._usual
         unusual = (math.log(self._lengths[-1]) - mean) / spread

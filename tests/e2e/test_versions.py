@@ -148,46 +148,6 @@ def add(client, checkpoint):
     return answer.json()["version"]
 
 
-def test_a_fall_of_acceptance_with_the_draft_unchanged_is_drift_of_the_slice_that_fell(client, drafts):
-    version, answers = add(client, drafts[1]), []
-    client.post("/draft/activate", json={"version": version})
-    turned, ended = threading.Event(), threading.Event()
-
-    def keep_asking(name, family, until):
-        body = {"sampling_params": {"max_new_tokens": 48, "temperature": 0, "ignore_eos": True,
-                                    "custom_params": {"draft_slice": name}}}  # fmt: skip
-        for prompt in itertools.takewhile(lambda _: not until.is_set(), stream_prompts(0, family=family)):
-            answers.append(client.post("/generate", json={"text": prompt, **body}))
-
-    def drift():
-        return client.status()["draft"]["drift"]
-
-    with ThreadPoolExecutor(4) as pool:
-        asking = [pool.submit(keep_asking, "steady", "prose", ended) for _ in range(2)]
-        asking += [pool.submit(keep_asking, "turning", "prose", turned) for _ in range(2)]
-        try:
-            usual = wait_for("what is usual", lambda: drift()["levels"].get("turning", {}).get("usual"))
-            assert "turning" not in drift()["moved"]
-            turned.set()
-            asking += [pool.submit(keep_asking, "turning", "numbers", ended) for _ in range(2)]
-            wait_for("drift", lambda: "turning" in drift()["moved"])
-        finally:
-            turned.set()
-            ended.set()
-    assert not any(asked.exception() for asked in asking)
-    assert {answer.status_code for answer in answers} == {200}
-    assert "steady" not in (moved := drift()["moved"])
-    assert active(client) == version
-    told = [event for event in events(client, "drift") if event["slice"] == "turning"]
-    assert "of slice 'turning' fell from" in told[0]["why"]
-    assert moved["turning"]["before"] == pytest.approx(usual)
-    assert moved["turning"]["fell_to"] < usual
-    slices = client.status()["acceptance_by_slice"]
-    assert slices["steady"]["length"] > slices["turning"]["length"]
-    noted = json.loads((client.run_dir / "versions" / "manifest.json").read_text())["moved"]
-    assert noted["turning"] > 0  # where the trainer reads it
-
-
 def test_a_live_comparison_finds_the_better_draft_and_promotes_it(client, drafts, reference, tmp_path):
     half, trained = (add(client, draft) for draft in drafts)
     assert add(client, drafts[1]) == trained  # what is a version already keeps its number
@@ -293,6 +253,46 @@ def test_prometheus_has_series_by_version(client, drafts):
     assert found["sglang_specforge:active_version"] == version
     assert found["sglang_specforge:acceptance_length"] >= 1
     assert found["sglang_specforge:swaps_total"] >= 1
+
+
+def test_a_fall_of_acceptance_with_the_draft_unchanged_is_drift_of_the_slice_that_fell(client, drafts):
+    version, answers = add(client, drafts[1]), []
+    client.post("/draft/activate", json={"version": version})
+    turned, ended = threading.Event(), threading.Event()
+
+    def keep_asking(name, family, until):
+        body = {"sampling_params": {"max_new_tokens": 48, "temperature": 0, "ignore_eos": True,
+                                    "custom_params": {"draft_slice": name}}}  # fmt: skip
+        for prompt in itertools.takewhile(lambda _: not until.is_set(), stream_prompts(0, family=family)):
+            answers.append(client.post("/generate", json={"text": prompt, **body}))
+
+    def drift():
+        return client.status()["draft"]["drift"]
+
+    with ThreadPoolExecutor(4) as pool:
+        asking = [pool.submit(keep_asking, "steady", "prose", ended) for _ in range(2)]
+        asking += [pool.submit(keep_asking, "turning", "prose", turned) for _ in range(2)]
+        try:
+            usual = wait_for("what is usual", lambda: drift()["levels"].get("turning", {}).get("usual"))
+            assert "turning" not in drift()["moved"]
+            turned.set()
+            asking += [pool.submit(keep_asking, "turning", "numbers", ended) for _ in range(2)]
+            wait_for("drift", lambda: "turning" in drift()["moved"])
+        finally:
+            turned.set()
+            ended.set()
+    assert not any(asked.exception() for asked in asking)
+    assert {answer.status_code for answer in answers} == {200}
+    assert "steady" not in (moved := drift()["moved"])
+    assert active(client) == version
+    told = [event for event in events(client, "drift") if event["slice"] == "turning"]
+    assert "of slice 'turning' fell from" in told[0]["why"]
+    assert moved["turning"]["before"] == pytest.approx(usual)
+    assert moved["turning"]["fell_to"] < usual
+    slices = client.status()["acceptance_by_slice"]
+    assert slices["steady"]["length"] > slices["turning"]["length"]
+    noted = json.loads((client.run_dir / "versions" / "manifest.json").read_text())["moved"]
+    assert noted["turning"] > 0  # where the trainer reads it
 
 
 def test_bad_requests_change_nothing_and_never_fail_in_the_server(client, drafts):

@@ -44,6 +44,12 @@ def test_a_fall_of_all_traffic_is_noticed_within_half_a_minute_and_so_is_its_end
     assert server.drift.status()["moved"] == {}
 
 
+def test_a_fall_right_after_what_is_usual_is_known_is_noticed_too():
+    server = Server()
+    assert server.looks(10, {ALL: 2.4}) == []
+    assert [move.name for move in server.looks(15, {ALL: 1.9})] == [ALL]
+
+
 def test_only_the_slice_that_fell_is_named():
     server = Server()
     assert server.looks(30, {ALL: 2.4, "code": 2.6, "chat": 2.2}) == []
