@@ -259,24 +259,27 @@ def test_a_fall_of_acceptance_with_the_draft_unchanged_is_drift_of_the_slice_tha
     version, answers = add(client, drafts[1]), []
     client.post("/draft/activate", json={"version": version})
     turned, ended = threading.Event(), threading.Event()
+    learnt = prompts(24, seed=1)  # what the draft has learnt from
+    familiar = [itertools.cycle(learnt[i:] + learnt[:i]) for i in range(0, 24, 6)]
 
-    def keep_asking(name, family, until):
+    def keep_asking(name, asked, until):
         body = {"sampling_params": {"max_new_tokens": 48, "temperature": 0, "ignore_eos": True,
                                     "custom_params": {"draft_slice": name}}}  # fmt: skip
-        for prompt in itertools.takewhile(lambda _: not until.is_set(), stream_prompts(0, family=family)):
+        for prompt in itertools.takewhile(lambda _: not until.is_set(), asked):
             answers.append(client.post("/generate", json={"text": prompt, **body}))
 
     def drift():
         return client.status()["draft"]["drift"]
 
     with ThreadPoolExecutor(4) as pool:
-        asking = [pool.submit(keep_asking, "steady", "prose", ended) for _ in range(2)]
-        asking += [pool.submit(keep_asking, "turning", "prose", turned) for _ in range(2)]
+        asking = [pool.submit(keep_asking, "steady", asked, ended) for asked in familiar[:2]]
+        asking += [pool.submit(keep_asking, "turning", asked, turned) for asked in familiar[2:]]
         try:
             usual = wait_for("what is usual", lambda: drift()["levels"].get("turning", {}).get("usual"))
             assert "turning" not in drift()["moved"]
             turned.set()
-            asking += [pool.submit(keep_asking, "turning", "numbers", ended) for _ in range(2)]
+            others = [stream_prompts(seed, family="numbers") for seed in range(2)]
+            asking += [pool.submit(keep_asking, "turning", asked, ended) for asked in others]
             wait_for("drift", lambda: "turning" in drift()["moved"])
         finally:
             turned.set()
