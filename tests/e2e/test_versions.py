@@ -301,7 +301,11 @@ def test_a_fall_of_acceptance_with_the_draft_unchanged_is_drift_of_the_slice_tha
 def test_bad_requests_change_nothing_and_never_fail_in_the_server(client, drafts):
     for draft in drafts:
         add(client, draft)
-    before, heard = client.status()["draft"], len(client.get("/draft/events?last=10000").json())
+
+    def draft():
+        return {key: value for key, value in client.status()["draft"].items() if key != "drift"}  # it has ages
+
+    before, heard = draft(), len(client.get("/draft/events?last=10000").json())
     document = client.get("/openapi.json").json()
     document["paths"] = {path: what for path, what in document["paths"].items() if path.startswith("/draft")}
     schema = schemathesis.openapi.from_dict(document)
@@ -313,7 +317,7 @@ def test_bad_requests_change_nothing_and_never_fail_in_the_server(client, drafts
             assert answer.status_code < 500, f"{case.formatted_path} {case.body}: {answer.text}"
             tried += 1
     assert tried > 100
-    assert client.status()["draft"] == before
+    assert draft() == before
     assert len(client.get("/draft/events?last=10000").json()) == heard
 
 
