@@ -25,7 +25,7 @@ _REMEMBERED = 64  # looks
 
 
 class Move(NamedTuple):
-    """Acceptance of ``name`` fell at ``since_s`` (of the clock), from ``before`` tokens a verification to ``now``."""
+    """Acceptance of ``name`` fell at ``since_s`` (of the epoch), from ``before`` tokens a verification to ``now``."""
 
     name: str
     since_s: float
@@ -48,7 +48,7 @@ class Ended(NamedTuple):
 class Drift:
     """Is shown the counts of live acceptance again and again, about every two seconds."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock, self._version = clock, None
         self._levels: dict[str, _Level] = {}
         self._moves: dict[str, Move] = {}

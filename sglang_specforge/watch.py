@@ -56,7 +56,7 @@ class Watch:
         """The version was not to blame; what it showed is a move of the traffic."""
         suspect = found.suspect
         logger.warning("draft training: version %d was not to blame: %s", suspect.version, found.why)
-        self._tell("drift", ALL, self._drift.moved(ALL, time.monotonic(), suspect.before, suspect.now).why)
+        self._tell("drift", ALL, self._drift.moved(ALL, time.time(), suspect.before, suspect.now).why)
         await self._swaps.activate(suspect.version, "guard", found.why)
         if self._swaps.gate == "propose" and self._gate_before is not None:
             self._swaps.set_gate(self._gate_before, "guard", "as before the rollback")
@@ -65,8 +65,7 @@ class Watch:
         """In the audit log, and to the trainer by the manifest."""
         logger.warning("draft training: %s: %s", event, why)
         self._swaps.audit.write(event, "server", slice=name or None, why=why)
-        now_s, wall_s = time.monotonic(), time.time()
-        self._swaps.set_moved({name: wall_s - (now_s - move.since_s) for name, move in self._drift.moves.items()})
+        self._swaps.set_moved({name: move.since_s for name, move in self._drift.moves.items()})
 
 
 def by_version(exports: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
