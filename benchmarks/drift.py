@@ -9,7 +9,6 @@ the last half minute before the turn, of the worst half minute after it, and at 
 """
 
 import asyncio
-import contextlib
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -23,12 +22,10 @@ from rich.console import Console
 from rich.table import Table
 
 from sglang_specforge import traffic
-from sglang_specforge.demo import SERVING, TRAINING
+from sglang_specforge.demo import LOOK_EVERY_S, SERVING, TRAINING, driving
 from sglang_specforge.demo_curve import WINDOW_S, Curve, Look
 from sglang_specforge.server_process import ServerProcess
 
-LOOK_EVERY_S = 2.0
-TRAFFIC = {"concurrency": 8, "max_tokens": 128, "temperature": 0.0}
 TOLD = ("drift", "drift_over", "activated", "rolled_back")
 
 
@@ -36,17 +33,13 @@ async def learn(server: ServerProcess, families: Sequence[traffic.Family], phase
     """Ask about one family after the other; returns the looks, and how many of them each phase has."""
     curve, tally, phases = Curve(), traffic.Tally(), []
     for family in families:
-        prompts = traffic.stream_prompts(seed=0, family=family)
-        task = asyncio.create_task(traffic.drive(server.url, prompts, tally, **TRAFFIC))
-        end_s, seen = tally.elapsed_s + phase_s, len(curve.looks)
-        while tally.elapsed_s < end_s:
-            await asyncio.sleep(LOOK_EVERY_S)
-            curve.looks.append(Look.at(await asyncio.to_thread(server.status), tally))
-            if len(curve.looks) % 10 == 0:
-                print(f"{family}: {curve.line()}", flush=True)
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
+        async with driving(server, tally, family):
+            end_s, seen = tally.elapsed_s + phase_s, len(curve.looks)
+            while tally.elapsed_s < end_s:
+                await asyncio.sleep(LOOK_EVERY_S)
+                curve.looks.append(Look.at(await asyncio.to_thread(server.status), tally))
+                if len(curve.looks) % 10 == 0:
+                    print(f"{family}: {curve.line()}", flush=True)
         phases.append(len(curve.looks) - seen)
     if tally.failures:
         raise SystemExit(f"{len(tally.failures)} requests failed, the first with {tally.failures[0]}")

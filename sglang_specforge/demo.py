@@ -22,7 +22,7 @@ from sglang_specforge.server_process import ServerFailed, ServerProcess
 
 console = Console()
 
-_LOOK_EVERY_S = 2.0
+LOOK_EVERY_S = 2.0
 _TRAFFIC = {"concurrency": 8, "max_tokens": 128, "temperature": 0.0}
 _RISE = 1.5  # acceptance after, over before, that the demo has to show
 
@@ -68,7 +68,7 @@ async def _demo(model: Path, out: Path, learn_s: float, tp: int, device: str) ->
     serving, where = ["--model-path", model, *SERVING], {"device": device, "tp": tp}
     console.print("starting a server without speculation, to compare with")
     with ServerProcess.start(out / "plain.log", serving, **where) as server:
-        async with _driving(server) as plain:
+        async with driving(server, traffic.Tally()) as plain:
             await asyncio.sleep(WINDOW_S)
             plain_tokens_per_s = plain.tokens_per_s
 
@@ -76,10 +76,10 @@ async def _demo(model: Path, out: Path, learn_s: float, tp: int, device: str) ->
     training = [*serving, *TRAINING, "--draft-training-run-dir", out / "run"]
     curve = Curve()
     with ServerProcess.start(out / "server.log", training, **where) as server:
-        async with _driving(server) as tally:
+        async with driving(server, traffic.Tally()) as tally:
             with Live(console=console, auto_refresh=False, transient=True) as live:
                 while tally.elapsed_s < learn_s:
-                    await asyncio.sleep(_LOOK_EVERY_S)
+                    await asyncio.sleep(LOOK_EVERY_S)
                     status = await asyncio.to_thread(server.status)
                     curve.looks.append(Look.at(status, tally))
                     live.update(Group(status_view.render(status), curve.table(tally, learn_s)), refresh=True)
@@ -90,10 +90,12 @@ async def _demo(model: Path, out: Path, learn_s: float, tp: int, device: str) ->
 
 
 @contextlib.asynccontextmanager
-async def _driving(server: ServerProcess) -> AsyncIterator[traffic.Tally]:
+async def driving(
+    server: ServerProcess, tally: traffic.Tally, family: traffic.Family | None = None
+) -> AsyncIterator[traffic.Tally]:
     """Requests keep flowing for as long as the body runs."""
-    tally = traffic.Tally()
-    task = asyncio.create_task(traffic.drive(server.url, traffic.stream_prompts(seed=0), tally, **_TRAFFIC))
+    prompts = traffic.stream_prompts(seed=0, family=family)
+    task = asyncio.create_task(traffic.drive(server.url, prompts, tally, **_TRAFFIC))
     try:
         yield tally
     finally:
