@@ -96,6 +96,7 @@ def test_the_next_reader_takes_up_the_memory_that_the_last_one_left_unread(readi
         wait_for(lambda life=life: exporter.counters()["sent"] == 205 * (life + 1))
         assert exporter.ring.used_bytes >= 200 * ROW_BYTES
         inbox.close()
+        wait_for(lambda: exporter.counters()["closed"] == "nobody_listening")
         wait_for(lambda: exporter.ring.used_bytes == 0)
         assert ledger.dropped == ({"lost_in_transit": 205 * life} if life else {})
     assert exporter.failure is None
@@ -112,8 +113,8 @@ def test_a_reader_that_is_killed_leaves_nothing_behind(reading, endpoint):  # no
         os.kill(reader.pid, signal.SIGSTOP)
         assert exporter.ring.used_bytes >= 200 * ROW_BYTES
         os.kill(reader.pid, signal.SIGKILL)
+    wait_for(lambda: exporter.counters()["closed"] == "nobody_listening")
     wait_for(lambda: exporter.ring.used_bytes == 0)
-    assert exporter.counters()["closed"] == "nobody_listening"
 
 
 def test_what_was_overwritten_before_it_was_read_is_counted_and_not_used(reading):
