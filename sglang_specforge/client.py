@@ -89,11 +89,18 @@ def wait_until_captured(url: str, api_key: str | None = None, limit_s: float = 3
     """Until the server has seen that its stream is read: requests from then on are captured whole.
 
     Raises:
-        NotCaptured: not within ``limit_s`` seconds.
+        NotCaptured: not within ``limit_s`` seconds, or for a reader on another machine.
         Unanswered: the server does not answer.
     """
     end_s = time.monotonic() + limit_s
-    while any(reasons := [e["failure"] or e["closed"] for e in _status(url, api_key)["export"]]):
+    while True:
+        status = _status(url, api_key)
+        if lease := status["reader"]["lease"]:
+            raise NotCaptured(
+                f"the server at {url} sends its states to {lease['spans_endpoint']}; end the trainer there"
+            )
+        if not any(reasons := [e["failure"] or e["closed"] for e in status["export"]]):
+            return
         if time.monotonic() > end_s:
             raise NotCaptured(f"the server at {url} captures nothing: {next(filter(None, reasons))}")
         time.sleep(_POLL_S)

@@ -15,12 +15,14 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from sglang_specforge import curve
 from sglang_specforge.ab.experiment import Experiments
 from sglang_specforge.checkpoint import CONTENT_KEY, CheckpointError, load_config
 from sglang_specforge.contracts import control
 from sglang_specforge.drift import ALL
 from sglang_specforge.export.acceptance import summary
 from sglang_specforge.metrics import Metrics
+from sglang_specforge.reader import Lease, Reader, ReaderHeld
 from sglang_specforge.settings import Run
 from sglang_specforge.supervisor import TrainerSupervisor
 from sglang_specforge.swaps import DraftHeld, Engine, NotAttached, SwapRefused, Swaps, UnknownVersion
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 _LOOK_EVERY_S = 2.0
 _VERDICTS = 256  # that are remembered
 _SILENT_S = 10.0  # a trainer not heard of for so long is shown as lagging
+_NOBODY = ("not attached", "silent")  # states of the trainer
 
 
 class ControlService:
@@ -47,6 +50,9 @@ class ControlService:
         self._watch = Watch(self.swaps)
         self._verdicts: dict[int, control.Verdict] = {}
         self._unreadable = 0
+        self._lease, self._leases, self._leasing = Lease(run.spans_endpoint), 0, asyncio.Lock()
+        self._context = zmq.asyncio.Context()
+        self._inbox = self._context.socket(zmq.PULL)
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -59,10 +65,57 @@ class ControlService:
                     tasks.create_task(self._supervisor.keep_alive())
         finally:
             self.experiments.abandon()
+            self._inbox.close(linger=0)
+            self._context.term()
 
     async def switch_capture(self, enabled: bool) -> None:
         """Have every exporter capture, or pause."""
         await self._engine.set_state(draft_training_capture=int(enabled))
+
+    async def lease(self, reader: Reader) -> None:
+        """Have the streams sent to a reader on another machine, for ``LEASE_S`` from now.
+
+        Raises:
+            ReaderHeld: somebody else reads them.
+            NotAttached: the schedulers do not run the plugin.
+        """
+        async with self._leasing:
+            if self._lease.reader is None:
+                await self._check_unread()
+            before = self._lease.reader
+            if not self._lease.take(reader):
+                return
+            if before is not None:
+                self._inbox.disconnect(before.control_endpoint)
+            curve.connect(self._inbox, reader.control_endpoint, self._lease.own, reader.key)
+            await self._turn_exporters()
+            logger.info("draft training: states go to %s", reader.spans_endpoint)
+
+    async def end_lease(self, key: str, why: str = "it has left") -> None:
+        """Of the reader with this key; nothing happens where it has none."""
+        async with self._leasing:
+            reader = self._lease.reader
+            if reader is None or reader.key != key:
+                return
+            self._lease.end()
+            self._inbox.disconnect(reader.control_endpoint)
+            await self._engine.set_state(draft_training_reader=0)
+            logger.info("draft training: states go to %s no more: %s", reader.spans_endpoint, why)
+
+    async def _turn_exporters(self) -> None:
+        self._leases += 1
+        await self._engine.set_state(draft_training_reader=self._leases)
+
+    async def _check_unread(self) -> None:
+        """Raises ReaderHeld where a trainer on this machine reads the streams."""
+        if self._supervisor is not None:
+            raise ReaderHeld(
+                "this server has a trainer of its own; start it with --draft-training-trainer none to have it read "
+                "from another machine"
+            )
+        exports = [rank["export"] for rank in await self.swaps.ranks() if rank["export"]]
+        if self._trainer_status()["state"] not in _NOBODY or any(export["closed"] is None for export in exports):
+            raise ReaderHeld("a process on this server's machine reads its states; end that first")
 
     async def status(self) -> dict[str, Any]:
         """The answer of ``GET /draft/status``. Raises NotAttached."""
@@ -97,6 +150,10 @@ class ControlService:
                 "dropped": _add_up([export["dropped"] for export in exports] + [ledger.dropped]),
             },
             "export": exports,
+            "reader": {
+                "key": self._lease.own.public,  # of the server
+                "lease": self._lease.reader and self._lease.reader.model_dump(),
+            },
             "trainer": self._trainer_status(),
         }
 
@@ -130,29 +187,22 @@ class ControlService:
         return {**beat, "process": process, "silent_s": silent_s, "unreadable_messages": self._unreadable}
 
     async def _listen(self) -> None:
-        context = zmq.asyncio.Context()
-        socket = context.socket(zmq.PULL)
-        socket.bind(self._run.control_endpoint)
-        try:
-            while True:
-                data = await socket.recv()
-                try:
-                    message = control.decode(data)
-                except msgspec.MsgspecError as error:
-                    self._unreadable += 1
-                    if self._unreadable.bit_count() == 1:  # the first, and then ever fewer
-                        logger.warning(
-                            "draft training: %d control messages cannot be read, the last one: %s",
-                            self._unreadable, error,
-                        )  # fmt: skip
-                    continue
-                if isinstance(message, control.VersionReady):
-                    self._announced.put_nowait(message)
-                else:
-                    self._heartbeat, self._heard_at = message, time.monotonic()
-        finally:
-            socket.close(linger=0)
-            context.term()
+        self._inbox.bind(self._run.control_endpoint)
+        while True:
+            data = await self._inbox.recv()
+            try:
+                message = control.decode(data)
+            except msgspec.MsgspecError as error:
+                self._unreadable += 1
+                if self._unreadable.bit_count() == 1:  # the first, and then ever fewer
+                    logger.warning(
+                        "draft training: %d control messages cannot be read, the last one: %s", self._unreadable, error
+                    )
+                continue
+            if isinstance(message, control.VersionReady):
+                self._announced.put_nowait(message)
+            else:
+                self._heartbeat, self._heard_at = message, time.monotonic()
 
     async def _take_announced(self) -> None:
         """What a trainer publishes goes live, or waits: for the gate, for a person, and in any case for the end of an
@@ -191,6 +241,8 @@ class ControlService:
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
             try:
+                if self._lease.has_run_out():
+                    await self.end_lease(self._lease.reader.key, "it has not been heard of")
                 ranks = await self.swaps.ranks()
                 await self._watch.look(ranks)
                 if metrics is not None:

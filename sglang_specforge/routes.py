@@ -1,16 +1,19 @@
 """``/draft/*`` in the server's own FastAPI app, behind its authentication like every route of it.
 
 Errors say what is wrong and change nothing: 400 for a body that is not understood, 404 for a version or an A/B that
-there is not, 409 where somebody else decides which draft is active, 422 for a checkpoint that cannot be served, 503
-where the schedulers do not answer for draft training.
+there is not, 409 where somebody else decides which draft is active, or reads the streams, 422 for a checkpoint that
+cannot be served, 503 where the schedulers do not answer for draft training.
 """
 
+import asyncio
 import contextlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, HTTPException, Query, Request
+from fastapi import APIRouter, HTTPException, Query, Request, UploadFile
+from fastapi import Path as PathParameter
+from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 
 from sglang_specforge.ab.experiment import Report, UnknownExperiment
@@ -18,6 +21,7 @@ from sglang_specforge.ab.plan import Plan
 from sglang_specforge.checkpoint import CheckpointError
 from sglang_specforge.control import ControlService
 from sglang_specforge.manifest import Mode
+from sglang_specforge.reader import LEASE_S, Reader, ReaderHeld
 from sglang_specforge.settings import Run
 from sglang_specforge.swaps import Change, DraftHeld, NotAttached, SwapRefused, UnknownVersion
 
@@ -25,6 +29,7 @@ _STATUS = {
     UnknownVersion: 404,
     UnknownExperiment: 404,
     DraftHeld: 409,
+    ReaderHeld: 409,
     CheckpointError: 422,
     SwapRefused: 422,
     NotAttached: 503,
@@ -105,6 +110,20 @@ def make_router(service: ControlService, run: Run) -> APIRouter:
         await service.switch_capture(capture.enabled)
         return {"enabled": capture.enabled}
 
+    @router.post("/reader")
+    async def lease(reader: Reader) -> dict[str, float]:
+        """Have the streams of this server sent to a trainer on another machine, which asks again before the lease runs
+        out. What is sent is encrypted, and only who holds the key's secret can read it."""
+        with _answered():
+            await service.lease(reader)
+        return {"seconds": LEASE_S}
+
+    @router.delete("/reader")
+    async def end_lease(key: Annotated[str, Query(max_length=40)]) -> dict[str, bool]:
+        """Of the reader with this key, if it has one."""
+        await service.end_lease(key)
+        return {"leased": False}
+
     @router.get("/versions")
     async def versions() -> list[dict[str, Any]]:
         """Every draft version there is: where, its content's hash, whether resident or active, and its acceptance."""
@@ -121,6 +140,21 @@ def make_router(service: ControlService, run: Run) -> APIRouter:
                 return Activated.by(await swaps.activate(version, _who(request), body.why)).model_dump()
             await swaps.load(version)
             return {"version": version}
+
+    @router.get("/versions/{version}/{file}", response_class=FileResponse)
+    async def version_file(
+        version: Annotated[int, PathParameter(ge=0, lt=2**53)], file: Literal["config.json", "model.safetensors"]
+    ) -> FileResponse:
+        """A version's checkpoint, to be had on another machine."""
+        with _answered():
+            return FileResponse(swaps.path(swaps.known(version)) / file)
+
+    @router.post("/uploads")
+    async def upload(config: UploadFile, weights: UploadFile) -> dict[str, str]:
+        """A checkpoint's ``config.json`` and ``model.safetensors`` from another machine. The ``path`` that is answered
+        is for ``POST /draft/versions``; of those never asked for, only the newest are kept."""
+        with _answered():
+            return {"path": str(await asyncio.to_thread(swaps.uploads.save, config.file, weights.file))}
 
     @router.post("/activate")
     async def activate(body: Activation, request: Request) -> Activated:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from sglang_specforge.audit import AuditLog
 from sglang_specforge.manifest import Manifest, Mode
 from sglang_specforge.settings import Run
+from sglang_specforge.uploads import Uploads
 from sglang_specforge.versions import VersionFolder
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ class Swaps:
 
     def __init__(self, run: Run, engine: Engine) -> None:
         self.versions, self.audit = VersionFolder(run.run_dir), AuditLog(run.run_dir)
+        self.uploads = Uploads(run.run_dir)
         self.holder: str | None = None  # whoever decides alone which version is active
         self.is_free = asyncio.Event()  # nobody holds the draft
         self.is_free.set()
@@ -109,6 +111,7 @@ class Swaps:
         before = self.versions.newest() or 0
         keep = self._run.settings.keep_versions
         version = await asyncio.to_thread(self.versions.adopt, checkpoint, keep)
+        self.uploads.forget(checkpoint)
         if version > before:
             self.audit.write("added", who, version=version, path=checkpoint)
             if not by_trainer:

@@ -1,21 +1,27 @@
 """Servers that this trainer was pointed at: found over HTTP, and looked for again when they are gone."""
 
+import json
 import logging
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch.distributed as dist
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from sglang_specforge.client import Unanswered, request, run_of
+from sglang_specforge.curve import Endpoint
 from sglang_specforge.new_draft import import_draft
 from sglang_specforge.settings import OnlineSettings, Run
+from sglang_specforge.sockets import EndpointTaken
+from sglang_specforge.target import fingerprint_target, resolve_target
 from sglang_specforge.training_settings import Job
 from sglang_specforge.versions import VersionFolder
+from trainer.far import Far, Stream
 from trainer.share import tell
 
 logger = logging.getLogger(__name__)
@@ -39,6 +45,25 @@ class AttachSettings(OnlineSettings):
         json_schema_extra={"flag": "server", "repeats": True},
     )
     run_dir: Path = Field(Path("draft-training-attached"), description="Folder for checkpoints and published versions.")
+    listen: Endpoint | None = Field(
+        None,
+        description="tcp://HOST:PORT of this machine, for servers on others: the first of them sends to PORT and "
+        "fetches from PORT+1, the next has the two ports after that. Encrypted.",
+    )
+    target: str | None = Field(
+        None, description="Local folder or hub name of the target, where it is not where the first server has it."
+    )
+
+    def address(self, index: int) -> tuple[str, int]:
+        """Host, and the first of two ports, for the server of this place in ``servers``. Needs ``listen``."""
+        host, _, port = self.listen.removeprefix("tcp://").rpartition(":")
+        return host, int(port) + 2 * index
+
+    @model_validator(mode="after")
+    def _check_ports(self) -> "AttachSettings":
+        if self.listen and self.address(len(self.servers))[1] > 65536:
+            raise ValueError(f"{self.listen} leaves no two ports for each of {len(self.servers)} servers")
+        return self
 
 
 class CannotAttach(RuntimeError):
@@ -46,11 +71,13 @@ class CannotAttach(RuntimeError):
 
 
 class Watch:
-    """What one address says of itself."""
+    """What one address says of itself. ``make_far``, given its key, is how it is reached from another machine."""
 
-    def __init__(self, url: str, api_key: str | None) -> None:
-        self.url, self._api_key = url, api_key
+    def __init__(self, url: str, api_key: str | None, make_far: Callable[[str], Far] | None = None) -> None:
+        self.url, self._api_key, self._make_far = url, api_key, make_far
         self.run: Run | None = None  # the newest that it told of
+        self.far: Far | None = None  # of that life, where it is on another machine
+        self.leased_to: str | None = None  # where it sends its states, if to another machine
         self.silence = ""  # why it does not answer now
         self.moved: dict[str, float] = {}  # as ``online.Servers`` has it
 
@@ -59,10 +86,14 @@ class Watch:
 
     def look(self) -> None:
         try:
-            self.run, silence = run_of(self.url, self._api_key), ""
-            moved = self._status()["draft"]["drift"]["moved"]
+            silence = ""
+            run, status = run_of(self.url, self._api_key), self._status()
+            self._follow(run, status["reader"])
+            moved = status["draft"]["drift"]["moved"]
             self.moved = {name: time.time() - move["since_s"] for name, move in moved.items()}
-        except Unanswered as error:
+            if self.far and self.far.is_leased:
+                self.far.keep()
+        except (Unanswered, EndpointTaken) as error:
             silence = str(error)
         if silence and not self.silence:
             logger.warning("draft training: %s; it is asked again until it does", silence)
@@ -70,8 +101,20 @@ class Watch:
             logger.info("draft training: the server at %s answers", self.url)
         self.silence = silence
 
-    def active_version(self) -> int:
-        return self._status()["draft"]["active_version"]
+    def fetch_draft(self, folder: Path) -> Path:
+        """The checkpoint in service; copied to ``folder`` where it is on another machine. Raises Unanswered."""
+        version = self._status()["draft"]["active_version"]
+        return self.run.version_path(version) if is_here(self.run) else self.far.fetch(version, folder)
+
+    def stream(self) -> Stream:
+        return Stream(self.run, self.far)
+
+    def _follow(self, run: Run, reader: dict[str, Any]) -> None:
+        is_new = self.run is None or run.spans_endpoint != self.run.spans_endpoint
+        if is_new and self._make_far and not is_here(run):
+            self.far = self._make_far(reader["key"])
+        self.leased_to = (reader["lease"] or {}).get("spans_endpoint")
+        self.run = run
 
     def _status(self) -> dict[str, Any]:
         return request("GET", self.url, "/draft/status", self._api_key, timeout=10).json()
@@ -89,28 +132,30 @@ class AttachedServers:
     def __init__(self, job: Job, watches: Sequence[Watch]) -> None:
         self._job, self._watches, self._parent_pid = job, watches, os.getppid()
         self._refused: set[str] = set()
-        for watch in watches:
-            watch.start()
 
-    def check(self) -> "AttachedServers":
-        """Raises CannotAttach where a server that answers cannot be trained on."""
+    def start(self) -> "AttachedServers":
         for watch in self._watches:
-            if watch.run and (problem := self._problem(watch.run)):
-                raise CannotAttach(f"the server at {watch.url} {problem}")
+            watch.start()
         return self
 
-    def runs(self) -> list[Run]:
-        runs = []
+    def check(self) -> None:
+        """Raises CannotAttach where a server that answers cannot be trained on."""
+        for watch in self._watches:
+            if watch.run and (problem := self._problem(watch)):
+                raise CannotAttach(f"the server at {watch.url} {problem}")
+
+    def streams(self) -> list[Stream]:
+        streams = []
         for watch in self._watches:
             if (run := watch.run) is None:
                 continue
-            problem = None if watch.silence else self._problem(run)  # one that is silent is as it was
+            problem = None if watch.silence else self._problem(watch)  # one that is silent is as it was
             if problem is None:
-                runs.append(run)
+                streams.append(watch.stream())
             elif run.spans_endpoint not in self._refused:
                 self._refused.add(run.spans_endpoint)
                 logger.error("draft training: a server is left out: the one at %s %s", watch.url, problem)
-        return runs
+        return streams
 
     def are_gone(self) -> bool:
         """Servers may come back at any time, but a process without its launcher has to end."""
@@ -124,17 +169,21 @@ class AttachedServers:
         moves = [move for watch in self._watches for move in watch.moved.items()]
         return dict(sorted(moves, key=lambda move: move[1]))
 
-    def _problem(self, run: Run) -> str | None:
+    def _problem(self, watch: Watch) -> str | None:
+        run = watch.run
         for name in _ALIKE:
             if (found := getattr(run, name)) != (expected := getattr(self._job, name)):
                 return f"has {name} {found}, and this training's is {expected}; give it a trainer of its own"
         if run.run_dir == self._job.run_dir:
             return f"keeps its own versions in {run.run_dir}; give another --run-dir"
-        if not Path(run.spans_endpoint.removeprefix("ipc://")).parent.is_dir():
+        if watch.far is None and not is_here(run):
             return (
                 f"streams to {run.spans_endpoint}, which is not there for this process: it runs on another machine or "
-                "in another container; start the trainer beside it, as the same user"
+                "in another container; start the trainer beside it, as the same user, or give --listen tcp://HOST:PORT "
+                "with an address of this machine that the server reaches"
             )
+        if watch.far is None and watch.leased_to:
+            return f"sends its states to {watch.leased_to}; end the trainer there first"
         return None
 
 
@@ -145,18 +194,53 @@ def attach(settings: AttachSettings, api_key: str | None) -> tuple[Job, Attached
         Unanswered: none of them answers.
         CannotAttach: one that answers cannot be trained on with this job.
     """
-    watches = [Watch(url, api_key) for url in settings.servers] if dist.get_rank() == 0 else []
-    draft = VersionFolder(settings.run_dir.absolute()).root / "initial"
+    watches = _watches(settings, api_key) if dist.get_rank() == 0 else []
+    versions = VersionFolder(settings.run_dir.absolute())
     told = None
     if watches:
         first = _first_that_answers(watches)
-        if not (draft / "config.json").exists():
-            import_draft(first.run.version_path(first.active_version()), Path(first.run.target_path), draft)
-        told = first.run.model_dump_json()
-    run = Run.model_validate_json(tell(told))
-    shared = {name: getattr(run, name) for name in ("target_path", *_ALIKE)}
-    job = Job(settings=settings, draft_path=str(draft), **shared)
-    return job, AttachedServers(job, watches).check()
+        target = _target_of(first.run, settings)
+        job = Job(
+            settings=settings,
+            target_path=str(target),
+            draft_path=str(versions.root / "initial"),
+            **{name: getattr(first.run, name) for name in _ALIKE},
+        )
+        AttachedServers(job, watches).check()
+        if not (Path(job.draft_path) / "config.json").exists():
+            import_draft(first.fetch_draft(versions.root / "fetched"), target, Path(job.draft_path))
+        told = job.model_dump_json(exclude={"settings"})
+    job = Job(settings=settings, **json.loads(tell(told)))
+    return job, AttachedServers(job, watches).start()
+
+
+def is_here(run: Run) -> bool:
+    """The server runs where its sockets can be reached by this process."""
+    return Path(run.spans_endpoint.removeprefix("ipc://")).parent.is_dir()
+
+
+def _watches(settings: AttachSettings, api_key: str | None) -> list[Watch]:
+    versions = VersionFolder(settings.run_dir.absolute())
+
+    def make_far(index: int, url: str, peer: str) -> Far:
+        return Far(url, api_key, *settings.address(index), peer, versions)
+
+    return [
+        Watch(url, api_key, partial(make_far, index, url) if settings.listen else None)
+        for index, url in enumerate(settings.servers)
+    ]
+
+
+def _target_of(run: Run, settings: AttachSettings) -> Path:
+    """Where the target is on this machine. Raises CannotAttach, TargetError."""
+    target = resolve_target(settings.target) if settings.target else Path(run.target_path)
+    if not target.is_dir():
+        raise CannotAttach(f"the target is not at {target} on this machine; say where it is with --target")
+    if settings.target and (found := fingerprint_target(target)) != run.target_fingerprint:
+        raise CannotAttach(
+            f"the target at {target} has the fingerprint {found}, the served one {run.target_fingerprint}"
+        )
+    return target
 
 
 def _first_that_answers(watches: Sequence[Watch]) -> Watch:

@@ -5,10 +5,13 @@ from collections.abc import Iterable
 
 import zmq
 
+from sglang_specforge.client import Unanswered
 from sglang_specforge.contracts import control
 from sglang_specforge.contracts.frames import Expected
-from sglang_specforge.settings import OnlineSettings, Run
+from sglang_specforge.settings import OnlineSettings
+from sglang_specforge.sockets import EndpointTaken
 from trainer.assemble import Assembler
+from trainer.far import Stream
 from trainer.inbox import Inbox
 from trainer.loss import FrozenTarget
 from trainer.parity import ParityCheck
@@ -25,38 +28,47 @@ class Feed:
     """Reads the server's stream, alone, until it is closed.
 
     Args:
-        run: the server's; what it says of versions holds for the numbers in its stream.
+        stream: the server's; what its run says of versions holds for the numbers in it.
         known: accounts of earlier streams; the one of this server's life is gone on with.
 
     Raises:
         EndpointTaken: another trainer reads it.
+        Unanswered: the server is on another machine and does not answer.
     """
 
     def __init__(
         self,
-        run: Run,
+        stream: Stream,
         settings: OnlineSettings,
         target: FrozenTarget,
         prefixes: PrefixStore,
         known: Iterable[StreamPosition] = (),
     ) -> None:
-        self.run = run
+        run = self.run = stream.run
         position = next((p for p in known if p.spans_endpoint == run.spans_endpoint), None) or StreamPosition(
             spans_endpoint=run.spans_endpoint, ledger=control.TokenLedger(), parity=control.Parity()
         )
         self.ledger = position.ledger
         self.ledger.drop("trainer_restarted", self.ledger.buffered)
-        self._parity = ParityCheck(run, target, position.parity)
+        self._parity = ParityCheck(run, target, position.parity, stream.version_path)
         self._assembler = Assembler(
             self.ledger, settings.max_sample_tokens, prefixes, max_open_tokens=settings.replay_tokens
         )
         vocab_size, hidden_size = target.embed_VH.shape
         expected = Expected(hidden_size, vocab_size, run.served_dtype)
         max_frame_bytes = max(run.settings.ring_mb, _LEAST_FRAME_MB) << 20
-        self.inbox = Inbox(run.spans_endpoint, self._assembler, self.ledger, expected, max_frame_bytes)
-        self._outbox = zmq.Context.instance().socket(zmq.PUSH)
-        self._outbox.connect(run.control_endpoint)
+        self._far, self._door = stream.far, stream.far and stream.far.open_door()
+        endpoint = self._far.spans_endpoint if self._far else run.spans_endpoint
         self._is_heard = True
+        try:
+            self.inbox = Inbox(endpoint, self._assembler, self.ledger, expected, max_frame_bytes, self._door)
+            self._outbox = stream.open_outbox(self._door)
+            if self._far:
+                self._far.lease()
+        except (EndpointTaken, Unanswered):
+            if self._door:
+                self._door.close()
+            raise
 
     def pass_on(self, replay: ReplayBuffer) -> None:
         """What has arrived, into the buffer; what is held out is compared with what the server proposed."""
@@ -71,6 +83,15 @@ class Feed:
         return StreamPosition(spans_endpoint=self.run.spans_endpoint, ledger=self.ledger, parity=self._parity.parity)
 
     def send(self, message: control.ControlMessage) -> None:
+        """On its way to the server; a version goes ahead of the word of it where the server is on another machine."""
+        if self._far and isinstance(message, control.VersionReady):
+            self._far.bring(message)
+            return
+        for brought in self._far.brought() if self._far else ():
+            self._put(brought)
+        self._put(message)
+
+    def _put(self, message: control.ControlMessage) -> None:
         try:
             self._outbox.send(control.encode(message), zmq.NOBLOCK)
             self._is_heard = True
@@ -82,3 +103,6 @@ class Feed:
     def close(self) -> None:
         self.inbox.close()
         self._outbox.close(linger=0)
+        if self._far:
+            self._far.release()
+            self._door.close()

@@ -9,6 +9,7 @@ import zmq
 from sglang_specforge.contracts.control import TokenLedger
 from sglang_specforge.contracts.frames import FRAMES, Expected, WireError, decode
 from sglang_specforge.contracts.spans import Captured, Message, SegmentAddress
+from sglang_specforge.curve import Door
 from sglang_specforge.shared_memory import OpenSegment, SegmentRefused
 from sglang_specforge.sockets import is_alive, lock_endpoint
 from trainer.assemble import Assembler
@@ -28,6 +29,7 @@ class Inbox:
     Args:
         expected: the target whose states are taken (None: any); anything else is counted as malformed.
         max_frame_bytes: the longest frame that is read at all; a peer that sends a longer one is disconnected.
+        door: whom to let in, for an endpoint that other machines reach.
 
     Raises:
         EndpointTaken: another process has bound it.
@@ -40,18 +42,23 @@ class Inbox:
         ledger: TokenLedger,
         expected: Expected | None = None,
         max_frame_bytes: int = 1 << 30,
+        door: Door | None = None,
     ) -> None:
         self.malformed = 0
         self._assembler, self._ledger, self._expected = assembler, ledger, expected
         self._offers: dict[str, SegmentAddress] = {}  # by stream, the last one
         self._segments: dict[str, OpenSegment] = {}
         self._unshared = False
-        self._lock = lock_endpoint(endpoint)
-        self._context = zmq.Context()
+        self._is_far = door is not None
+        self._lock = None if door else lock_endpoint(endpoint)
+        self._context = door.context if door else zmq.Context()
         self._socket = self._context.socket(zmq.PULL)
         self._socket.setsockopt(zmq.RCVHWM, _QUEUED_MESSAGES)
         self._socket.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes)
-        self._socket.bind(endpoint)
+        if door:
+            door.bind(self._socket, endpoint)
+        else:
+            self._socket.bind(endpoint)
 
     def receive(self, wait_s: float) -> list[Sample]:
         """Samples completed by what has arrived (if it never ends, by a part of it); waits up to ``wait_s`` for a first
@@ -67,8 +74,9 @@ class Inbox:
 
     def close(self) -> None:
         self._socket.close(linger=0)
-        self._context.term()
-        self._lock.close()
+        if self._lock is not None:  # a door is closed by who opened it
+            self._context.term()
+            self._lock.close()
 
     def take(self, frames: Sequence[memoryview]) -> list[Sample]:
         """Samples completed by one message; one that cannot be used is counted and left out."""
@@ -97,7 +105,7 @@ class Inbox:
     def _open(self, message: Captured) -> None:
         """The exporter's memory, where it can be opened; states are in it from then on."""
         stream, offered = message.stream, message.offered
-        if offered is None or self._offers.get(stream) == offered:
+        if offered is None or self._is_far or self._offers.get(stream) == offered:
             return
         self._offers[stream] = offered
         try:

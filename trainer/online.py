@@ -9,6 +9,7 @@ from typing import Protocol
 import msgspec
 import torch.distributed as dist
 
+from sglang_specforge.client import Unanswered
 from sglang_specforge.contracts import control
 from sglang_specforge.manifest import Manifest
 from sglang_specforge.settings import SERVER_PID_VARIABLE, OnlineSettings, Run
@@ -16,6 +17,7 @@ from sglang_specforge.sockets import EndpointTaken, is_alive
 from sglang_specforge.training_settings import Job
 from sglang_specforge.versions import VersionFolder
 from trainer.evaluate import Evaluated
+from trainer.far import Stream
 from trainer.feed import Feed
 from trainer.inbox import wait_for_any
 from trainer.learner import Learner, Trained
@@ -36,7 +38,7 @@ _REMEMBERED_STREAMS = 256
 class Servers(Protocol):
     """Whose streams are trained on."""
 
-    def runs(self) -> list[Run]:
+    def streams(self) -> list[Stream]:
         """Of each server the newest life that is known; the first process asks, about once a second."""
 
     def are_gone(self) -> bool:
@@ -55,8 +57,8 @@ class OwnServer:
     def __init__(self, run: Run) -> None:
         self._run, self._parent_pid = run, os.getppid()
 
-    def runs(self) -> list[Run]:
-        return [self._run]
+    def streams(self) -> list[Stream]:
+        return [Stream(self._run)]
 
     def are_gone(self) -> bool:
         """The server, or what launched this process for it."""
@@ -77,6 +79,7 @@ class OnlineSource:
 
     Raises:
         EndpointTaken: another trainer reads the stream of a server that is there at the start.
+        Unanswered: one on another machine does not answer.
     """
 
     def __init__(
@@ -112,8 +115,8 @@ class OnlineSource:
             settings.drift_weight,
         )
         self._prefixes = PrefixStore(job.target_fingerprint, settings.prefix_store_mb << 20)
-        for run in servers.runs():
-            self._open(run)
+        for stream in servers.streams():
+            self._open(stream)
 
     def draw(self) -> list[list[Sample]] | None:
         """Waits a moment where there is not enough for a step."""
@@ -194,23 +197,24 @@ class OnlineSource:
         return VersionFolder(self._job.run_dir)
 
     def _follow_servers(self) -> None:
-        runs = {run.spans_endpoint: run for run in self._servers.runs()}
-        for endpoint in self._feeds.keys() - runs.keys():  # an earlier life of a server
+        streams = {stream.run.spans_endpoint: stream for stream in self._servers.streams()}
+        for endpoint in self._feeds.keys() - streams.keys():  # an earlier life of a server
             feed = self._feeds.pop(endpoint)
             self._known[endpoint] = feed.position(self._replay)
             feed.close()
-        for endpoint in runs.keys() - self._feeds.keys():
+        for endpoint in streams.keys() - self._feeds.keys():
             try:
-                self._open(runs[endpoint])
-            except EndpointTaken as error:
+                self._open(streams[endpoint])
+            except (EndpointTaken, Unanswered) as error:
                 if endpoint not in self._taken:
                     logger.error("draft training: a server is not trained on, and tried again: %s", error)
                 self._taken.add(endpoint)
 
-    def _open(self, run: Run) -> None:
+    def _open(self, stream: Stream) -> None:
         """Read the server's stream; one that has drafts of its own gets the newest that passed the gate here."""
-        feed = Feed(run, self._settings, self._target, self._prefixes, self._known.values())
-        logger.info("draft training: reads %s", run.spans_endpoint)
+        run = stream.run
+        feed = Feed(stream, self._settings, self._target, self._prefixes, self._known.values())
+        logger.info("draft training: reads %s", stream.far.spans_endpoint if stream.far else run.spans_endpoint)
         self._feeds[run.spans_endpoint] = feed
         if run.run_dir != self._job.run_dir and self._passed:
             feed.send(self._version_ready(self._passed))

@@ -5,6 +5,8 @@ training would go well and acceptance would stay near 1. This compares tokens th
 """
 
 import logging
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -25,8 +27,10 @@ _ENOUGH, _ALIGNED = 200, 0.95
 class ParityCheck:
     """Runs step 0 of the version that was active while a sample was captured, in the served dtype."""
 
-    def __init__(self, run: Run, target: FrozenTarget, parity: Parity) -> None:
-        self.parity = parity
+    def __init__(
+        self, run: Run, target: FrozenTarget, parity: Parity, version_path: Callable[[int], Path | None]
+    ) -> None:
+        self.parity, self._version_path = parity, version_path
         self._run, self._target, self._dtype = run, target, getattr(torch, run.served_dtype)
         self._device = target.embed_VH.device
         self._loaded: tuple[int, Draft] | None = None
@@ -63,8 +67,11 @@ class ParityCheck:
 
     def _draft(self, version: int) -> Draft | None:
         if self._loaded is None or self._loaded[0] != version:
+            if (path := self._version_path(version)) is None:
+                return None  # it is on another machine
             try:
-                draft = load_draft(self._run, self._run.version_path(version))
+                # Its own config holds: that of the server's first draft may be on another machine.
+                draft = load_draft(self._run.model_copy(update={"draft_path": str(path)}), path)
             except CheckpointError:
                 return None  # so old that it was deleted
             self._loaded = version, draft.to(self._device, self._dtype)

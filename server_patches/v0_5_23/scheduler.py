@@ -164,6 +164,7 @@ def add_handlers(handlers: dict[str, Any], controller: Any) -> dict[str, Any]:
         ),
         "draft_training_window": _handler(_set_window),
         "draft_training_capture": _handler(_set_capturing),
+        "draft_training_reader": _handler(_set_reader),
     }
 
 
@@ -198,6 +199,11 @@ def _set_window(window: int) -> None:
 def _set_capturing(enabled: int) -> None:
     if _this.exporter is not None:
         _this.exporter.paused = not enabled
+
+
+def _set_reader(lease: int) -> None:
+    if _this.exporter is not None:
+        _this.exporter.reader = lease
 
 
 def _pick(batch: Any, nbytes: list[int]) -> list[tuple[int, Admitted]]:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import msgspec
+import zmq
 
 from sglang_specforge.contracts.spans import Finished
 from sglang_specforge.export.acceptance import Acceptance
@@ -22,6 +23,7 @@ from sglang_specforge.export.admission import Admission
 from sglang_specforge.export.entry import Entry
 from sglang_specforge.export.link import Link
 from sglang_specforge.export.ring import HostRing
+from sglang_specforge.reader import load_way
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ class Exporter:
         self.stream = uuid.uuid4().hex
         self.failure: str | None = None
         self.paused = False  # by the operator
+        self.reader = 0  # number of the lease by which one on another machine reads; 0: one on this machine
         self._entries: queue.SimpleQueue[Entry] = queue.SimpleQueue()
         self._captured = self._sent = self._passes = 0
         self._scheduler_s = 0.0
@@ -44,6 +47,7 @@ class Exporter:
         self._unsent: deque[Finished] = deque()
         self._looked_for_ends_s = 0.0
         self._stopping = threading.Event()
+        self._endpoint, self._turned_to = endpoint, 0
         self._link = Link(endpoint, ring)
         self._thread = threading.Thread(target=self._run, name="specforge-exporter", daemon=True)
 
@@ -103,10 +107,20 @@ class Exporter:
             self._link.close()
 
     def _look_for_reader(self) -> None:
+        if (reader := self.reader) != self._turned_to:
+            self._turned_to = reader
+            self._turn_to(reader)
         closed = "paused" if self.paused else None if self._link.is_read() else "nobody_listening"
         if closed != self.admission.closed:
             logger.info("draft training: capturing %s", f"stops: {closed}" if closed else "begins")
             self.admission.closed = closed
+
+    def _turn_to(self, reader: int) -> None:
+        try:
+            self._link.turn_to(load_way(self._endpoint) if reader else None)
+        except (OSError, msgspec.MsgspecError, zmq.ZMQError) as error:
+            logger.error("draft training: states cannot be sent to the reader that asked for them: %s", error)
+            self._link.turn_to(None)
 
     def _take_ends(self) -> list[Finished]:
         """Requests that were cut short or have ended; all their entries are in the queue already."""

@@ -1,7 +1,8 @@
 """The exporter thread's end of the stream: whoever reads it, through shared memory where both can, else through ZMQ.
 
-States lie in the ring. A reader that has opened the ring's segment is told where, and tells when it is done; any other
-gets them as frames, whose memory ZMQ gives back. A region is the ring's again when its reader is done or gone.
+A reader on this machine listens at the run's own endpoint, one on another machine where it said. States lie in the
+ring. A reader that has opened the ring's segment is told where, and tells when it is done; any other gets them as
+frames, whose memory ZMQ gives back. A region is the ring's again when its reader is done or gone.
 """
 
 import secrets
@@ -14,8 +15,10 @@ import torch
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from sglang_specforge import curve
 from sglang_specforge.contracts.spans import Captured, Message, Shared, encode_header
 from sglang_specforge.export.ring import HostRing, Region
+from sglang_specforge.reader import Way
 
 
 class _InFlight(NamedTuple):
@@ -28,18 +31,18 @@ class Link:
     """Used by one thread. Sends nothing while nobody reads, and never waits."""
 
     def __init__(self, endpoint: str, ring: HostRing) -> None:
-        self._ring, self._segment = ring, ring.segment
+        self._endpoint, self._ring, self._segment = endpoint, ring, ring.segment
         self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.PUSH)
-        self._socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a reader that is not there
-        self._socket.setsockopt(zmq.SNDHWM, 0)  # the ring bounds the bytes, as long as none are copied out of it
-        self._socket.copy_threshold = 0
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._events = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        self._socket.connect(endpoint)
         self._in_flight: deque[_InFlight] = deque()
         self._message = 0  # the last one in shared memory
-        self._reader = _new_reader()
+        self._open(None)
+
+    def turn_to(self, way: Way | None) -> None:
+        """Send to a reader on another machine from here on, or to one on this machine. What the last one had not read
+        is nobody's."""
+        self._close_socket()
+        self._forget_reader()
+        self._open(way)
 
     def is_read(self) -> bool:
         self._look_for_partings()
@@ -68,19 +71,37 @@ class Link:
             self._ring.release(self._in_flight.popleft().region)
 
     def status(self) -> dict[str, Any]:
+        if (way := self._way) is not None:
+            return {"transport": "tcp", "why_not_shared": f"its reader listens at {way.endpoint}"}
         return {
             "transport": "shared_memory" if self._is_shared() else "zmq",
             "why_not_shared": self._ring.unshared or None,
         }
 
     def close(self) -> None:
+        self._close_socket()
+        self._context.term()
+
+    def _open(self, way: Way | None) -> None:
+        self._way, self._reader = way, _new_reader()
+        self._socket = self._context.socket(zmq.PUSH)
+        self._socket.setsockopt(zmq.IMMEDIATE, 1)  # nothing is queued for a reader that is not there
+        self._socket.setsockopt(zmq.SNDHWM, 0)  # the ring bounds the bytes, as long as none are copied out of it
+        self._socket.copy_threshold = 0
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._events = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        if way is None:
+            self._socket.connect(self._endpoint)
+        else:
+            curve.connect(self._socket, way.endpoint, way.own, way.peer)
+
+    def _close_socket(self) -> None:
         self._socket.disable_monitor()
         self._events.close()
         self._socket.close()
-        self._context.term()
 
     def _is_shared(self) -> bool:
-        return self._segment is not None and self._segment.is_read_by(self._reader)
+        return self._way is None and self._segment is not None and self._segment.is_read_by(self._reader)
 
     def _is_done(self, sent: _InFlight) -> bool:
         return sent.message <= self._segment.read if sent.message else sent.tracker.done
@@ -90,14 +111,17 @@ class Link:
         can speak for another."""
         while self._events.get(zmq.EVENTS) & zmq.POLLIN:
             recv_monitor_message(self._events)
-            if self._segment is None:
-                continue
-            self._segment.reclaim(self._message)
-            self._reader = _new_reader()
-            for sent in self._in_flight:
-                if sent.message:
-                    self._ring.release(sent.region)
-            self._in_flight = deque(sent for sent in self._in_flight if not sent.message)
+            self._forget_reader()
+
+    def _forget_reader(self) -> None:
+        if self._segment is None:
+            return
+        self._segment.reclaim(self._message)
+        self._reader = _new_reader()
+        for sent in self._in_flight:
+            if sent.message:
+                self._ring.release(sent.region)
+        self._in_flight = deque(sent for sent in self._in_flight if not sent.message)
 
     def _say_where(self, message: Captured, tensors: list[torch.Tensor], region: Region) -> _InFlight | None:
         *states, tokens_N = tensors
@@ -109,7 +133,7 @@ class Link:
         return _InFlight(region, None, self._message)
 
     def _send_frames(self, message: Captured, tensors: list[torch.Tensor], region: Region) -> _InFlight | None:
-        if self._segment is not None:
+        if self._segment is not None and self._way is None:
             message = msgspec.structs.replace(message, offered=self._segment.address(self._reader))
         frames = [encode_header(message), *map(_memory, tensors)]
         try:

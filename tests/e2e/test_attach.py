@@ -17,12 +17,14 @@ FLAGS = {**LEARNT, "publish-every-s": 2, "replay-tokens": 20000, "epochs-per-tok
 del FLAGS["draft-vocab-size"]  # the servers' draft is gone on with
 
 
-class AttachedTrainer:
-    """``torchrun --nproc-per-node N -m trainer attach``, ended with the test."""
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "trainer")
 
-    def __init__(self, clients, run_dir, processes=2):
-        launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", processes, "-m"]
-        command = [sys.executable, "-m", *launcher, "trainer", "attach", "--run-dir", run_dir]
+
+class AttachedTrainer:
+    """``torchrun --nproc-per-node 2 -m trainer attach``, or as ``program`` says; ended with the test."""
+
+    def __init__(self, clients, run_dir, program=TORCHRUN, flags=()):
+        command = [sys.executable, *program, "attach", "--run-dir", run_dir, *flags]
         command += [part for client in clients for part in ("--server", client.server.url)]
         command += [part for name, value in FLAGS.items() for part in (f"--{name}", value)]
         self.log, self.metrics = run_dir.with_suffix(".log"), run_dir / "metrics.jsonl"

@@ -12,6 +12,7 @@ from sglang_specforge.training_settings import Job, Speculation
 from tests.tiny import make_run, make_target
 from trainer.attach import AttachedServers, AttachSettings, CannotAttach, Watch
 from trainer.cli import main
+from trainer.far import Stream
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_a_server_that_does_not_go_with_the_others_is_refused_at_the_start_and_l
     with pytest.raises(CannotAttach, match=message):
         servers.check()
     with caplog.at_level(logging.ERROR):
-        assert servers.runs() == servers.runs() == [run]
+        assert servers.streams() == servers.streams() == [Stream(run)]
     assert [message in record.getMessage() for record in caplog.records] == [True]
 
 
@@ -106,7 +107,7 @@ def test_the_servers_own_run_folder_is_refused(run, job):
 
 def test_a_silent_server_is_as_it_was(run, job):
     gone = run.model_copy(update={"spans_endpoint": "ipc:///removed/spans"})
-    assert AttachedServers(job, [Told(gone, silence="does not answer")]).runs() == [gone]
+    assert AttachedServers(job, [Told(gone, silence="does not answer")]).streams() == [Stream(gone)]
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,7 @@ def test_a_step_that_is_not_finite_changes_nothing(run):
 def test_parity_tells_the_served_version_from_another(run, caplog):
     learner = Learner(run, CPU)
     tensors = {name: t.clone() for name, t in learner.export().items()}
-    check = ParityCheck(run, learner.target, Parity())
+    check = ParityCheck(run, learner.target, Parity(), run.version_path)
     draft = check._draft(0)
     sample = make_sample(20)
     embed = learner.target.embed_VH[sample.tokens_T]

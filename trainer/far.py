@@ -1,0 +1,162 @@
+"""A server on another machine: its streams come through TCP, and what it shall serve is brought there over HTTP."""
+
+import logging
+import queue
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import zmq
+
+from sglang_specforge.checkpoint import CONTENT_KEY, CheckpointError, load_config
+from sglang_specforge.client import Unanswered, authorization, refusal, request
+from sglang_specforge.contracts.control import VersionReady
+from sglang_specforge.curve import Door, Identity
+from sglang_specforge.reader import Reader
+from sglang_specforge.settings import Run
+from sglang_specforge.sockets import EndpointTaken
+from sglang_specforge.versions import VersionFolder
+
+logger = logging.getLogger(__name__)
+
+_LEASE_TIMEOUT_S, _COPY_TIMEOUT_S = 10, 600
+
+
+class Far:
+    """One life of such a server, and how it is reached.
+
+    Args:
+        port: the first of two that are listened at, for states and for what the trainer tells.
+        peer: the server's public key.
+        versions: the trainer's own.
+    """
+
+    def __init__(self, url: str, api_key: str | None, host: str, port: int, peer: str, versions: VersionFolder) -> None:
+        self.spans_endpoint, self.control_endpoint = f"tcp://{host}:{port}", f"tcp://{host}:{port + 1}"
+        self.is_leased = False
+        self.paths: dict[int, Path] = {}  # of the server's versions, those that are here as well
+        self._url, self._api_key, self._own, self._peer = url, api_key, Identity.new(), peer
+        self._versions = versions
+        self._to_bring: queue.Queue[VersionReady] = queue.Queue()
+        self._brought: queue.SimpleQueue[VersionReady] = queue.SimpleQueue()
+
+    def open_door(self) -> Door:
+        return Door(self._own, self._peer)
+
+    def lease(self) -> None:
+        """Have the server send its states here.
+
+        Raises:
+            EndpointTaken: it sends them elsewhere.
+            Unanswered: it does not answer.
+        """
+        self._ask_for_lease()
+        self.is_leased = True
+        threading.Thread(target=self._bring, name=f"specforge-courier-{self._url}", daemon=True).start()
+
+    def keep(self) -> None:
+        """Now and then: renew the lease, and see which of the server's versions are here as well. Raises as ``lease``
+        does."""
+        self._ask_for_lease()
+        folders = [self._versions.root / "initial", *map(self._versions.path, self._versions.published())]
+        here = {_content(folder): folder for folder in folders}
+        told = self._ask("GET", "/draft/versions", timeout=_LEASE_TIMEOUT_S).json()
+        self.paths = {one["version"]: here[one["sha256"]] for one in told if one["sha256"] in here}
+
+    def release(self) -> None:
+        """The server need not wait until the lease runs out."""
+        self.is_leased = False
+        try:
+            self._ask("DELETE", "/draft/reader", params={"key": self._own.public}, timeout=_LEASE_TIMEOUT_S)
+        except Unanswered as error:
+            logger.info("draft training: the lease runs out by itself: %s", error)
+
+    def fetch(self, version: int, folder: Path) -> Path:
+        """Copy one of the server's checkpoints to ``folder``. Raises Unanswered."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in ("model.safetensors", "config.json"):
+            url = f"{self._url}/draft/versions/{version}/{name}"
+            told = {"headers": authorization(self._api_key), "timeout": _COPY_TIMEOUT_S, "trust_env": False}
+            try:
+                with httpx.stream("GET", url, **told) as answer, (folder / name).open("wb") as file:
+                    answer.raise_for_status()
+                    for piece in answer.iter_bytes():
+                        file.write(piece)
+            except httpx.HTTPError as error:
+                raise Unanswered(f"{url} cannot be fetched: {error}") from error
+        return folder
+
+    def bring(self, message: VersionReady) -> None:
+        """Have a version taken to the server, in a thread: it may be large, and the way long."""
+        self._to_bring.put(message)
+
+    def brought(self) -> list[VersionReady]:
+        """Versions that are there by now, each by its path on the server."""
+        return [self._brought.get() for _ in range(self._brought.qsize())]
+
+    def _bring(self) -> None:
+        while self.is_leased:
+            message = self._to_bring.get()
+            while not self._to_bring.empty():  # what came meanwhile replaces it, unless only this one has passed
+                message = _worthier(message, self._to_bring.get())
+            try:
+                path = self._upload(Path(message.path))
+                self._brought.put(VersionReady(path=path, verdict=message.verdict))
+            except (Unanswered, OSError, httpx.HTTPError) as error:
+                logger.error("draft training: %s does not get to the server: %s", message.path, error)
+
+    def _upload(self, checkpoint: Path) -> str:
+        with (
+            (checkpoint / "config.json").open("rb") as config,
+            (checkpoint / "model.safetensors").open("rb") as weights,
+        ):
+            answer = self._ask(
+                "POST", "/draft/uploads", files={"config": config, "weights": weights}, timeout=_COPY_TIMEOUT_S
+            )
+        if (why := refusal(answer)) is not None:
+            raise Unanswered(why)
+        return answer.json()["path"]
+
+    def _ask_for_lease(self) -> None:
+        reader = Reader(
+            spans_endpoint=self.spans_endpoint, control_endpoint=self.control_endpoint, key=self._own.public
+        )
+        answer = self._ask("POST", "/draft/reader", json=reader.model_dump(), timeout=_LEASE_TIMEOUT_S)
+        if (why := refusal(answer)) is not None:
+            raise EndpointTaken(f"the server at {self._url} sends its states elsewhere: {why}")
+
+    def _ask(self, method: str, path: str, **kwargs: Any) -> httpx.Response:
+        return request(method, self._url, path, self._api_key, **kwargs)
+
+
+class Stream(NamedTuple):
+    """A server's, and how it is reached where the server is on another machine."""
+
+    run: Run
+    far: Far | None = None
+
+    def version_path(self, version: int) -> Path | None:
+        """Of a version of the server's, where this process can read it."""
+        return self.far.paths.get(version) if self.far else self.run.version_path(version)
+
+    def open_outbox(self, door: Door | None) -> zmq.Socket:
+        """What goes to the server's control service. Raises EndpointTaken."""
+        outbox = (door.context if door else zmq.Context.instance()).socket(zmq.PUSH)
+        if door:
+            door.bind(outbox, self.far.control_endpoint)
+        else:
+            outbox.connect(self.run.control_endpoint)
+        return outbox
+
+
+def _worthier(waiting: VersionReady, newer: VersionReady) -> VersionReady:
+    passed, newer_passed = (m.verdict is None or m.verdict.passed for m in (waiting, newer))
+    return waiting if passed and not newer_passed else newer
+
+
+def _content(checkpoint: Path) -> str | None:
+    try:
+        return load_config(checkpoint).get(CONTENT_KEY)
+    except CheckpointError:
+        return None
