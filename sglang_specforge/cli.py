@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from sglang_specforge import status_view, traffic, versions_cli
 from sglang_specforge.ab.cli import app as ab_app
-from sglang_specforge.client import DEFAULT_URL, ApiKey, Url, ask, fail
+from sglang_specforge.client import DEFAULT_URL, ApiKey, Unanswered, Url, ask, fail, upload_checkpoint
 
 _COMMANDS = "sglang_specforge.commands"  # entry points; the trainer adds its own, as nothing here imports it
 _SLOW = {
@@ -76,12 +76,19 @@ def status(
 
 @app.command()
 def swap(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of the draft checkpoint, on the server's disk.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of the draft checkpoint.")],
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
+    upload: Annotated[bool, typer.Option(help="It is on this machine, not on the server's disk.")] = False,
 ) -> None:
     """Put a draft checkpoint into the live server. A trainer's better version replaces it."""
-    answer = ask("POST", url, "/draft/versions", api_key, json={"path": str(checkpoint.absolute())}, timeout=180)
+    path = str(checkpoint.absolute())
+    if upload:
+        try:
+            path = upload_checkpoint(url, api_key, checkpoint)
+        except (Unanswered, OSError) as error:
+            fail(str(error))
+    answer = ask("POST", url, "/draft/versions", api_key, json={"path": path}, timeout=180)
     console.print(f"version {answer.json()['version']} is active")
 
 

@@ -1,6 +1,8 @@
 """Asking a server that runs with draft training; commands end with an error where it does not answer as one."""
 
+import contextlib
 import time
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import httpx
@@ -13,6 +15,7 @@ from sglang_specforge.settings import Run
 Url = Annotated[str, typer.Option(help="Address of the server.")]
 ApiKey = Annotated[str | None, typer.Option(envvar="SGLANG_API_KEY", help="The server's --api-key.")]
 _POLL_S = 0.1
+COPY_LIMIT_S = 600  # of a checkpoint's way
 _REFUSALS = (400, 404, 409, 422)
 DEFAULT_URL = "http://127.0.0.1:30000"
 
@@ -79,6 +82,22 @@ def run_of(url: str, api_key: str | None = None) -> Run:
         return Run.model_validate_json(answer.content)
     except pydantic.ValidationError as error:
         raise Unanswered(f"the server at {url} runs another version of sglang-specforge: {error}") from error
+
+
+def upload_checkpoint(url: str, api_key: str | None, checkpoint: Path) -> str:
+    """Copy a draft checkpoint to the server's disk; returns its path there, for ``POST /draft/versions``.
+
+    Raises:
+        Unanswered: the server does not take it.
+        OSError: it cannot be read.
+    """
+    with contextlib.ExitStack() as opened:
+        named = {"config": "config.json", "weights": "model.safetensors"}
+        files = {field: opened.enter_context((checkpoint / name).open("rb")) for field, name in named.items()}
+        answer = request("POST", url, "/draft/uploads", api_key, files=files, timeout=COPY_LIMIT_S)
+    if (why := refusal(answer)) is not None:
+        raise Unanswered(why)
+    return answer.json()["path"]
 
 
 class NotCaptured(RuntimeError):

@@ -99,6 +99,7 @@ class ControlService:
                 return
             self._lease.end()
             self._inbox.disconnect(reader.control_endpoint)
+            self._heard_at = None
             await self._engine.set_state(draft_training_reader=0)
             logger.info("draft training: states go to %s no more: %s", reader.spans_endpoint, why)
 
@@ -113,8 +114,8 @@ class ControlService:
                 "this server has a trainer of its own; start it with --draft-training-trainer none to have it read "
                 "from another machine"
             )
-        exports = [rank["export"] for rank in await self.swaps.ranks() if rank["export"]]
-        if self._trainer_status()["state"] not in _NOBODY or any(export["closed"] is None for export in exports):
+        closed = {rank["export"]["closed"] for rank in await self.swaps.ranks() if rank["export"]}
+        if None in closed or ("paused" in closed and self._trainer_status()["state"] not in _NOBODY):
             raise ReaderHeld("a process on this server's machine reads its states; end that first")
 
     async def status(self) -> dict[str, Any]:

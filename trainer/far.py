@@ -10,7 +10,7 @@ import httpx
 import zmq
 
 from sglang_specforge.checkpoint import CONTENT_KEY, CheckpointError, load_config
-from sglang_specforge.client import Unanswered, authorization, refusal, request
+from sglang_specforge.client import COPY_LIMIT_S, Unanswered, authorization, refusal, request, upload_checkpoint
 from sglang_specforge.contracts.control import VersionReady
 from sglang_specforge.curve import Door, Identity
 from sglang_specforge.reader import Reader
@@ -20,7 +20,7 @@ from sglang_specforge.versions import VersionFolder
 
 logger = logging.getLogger(__name__)
 
-_LEASE_TIMEOUT_S, _COPY_TIMEOUT_S = 10, 600
+_LEASE_TIMEOUT_S = 10
 
 
 class Far:
@@ -77,7 +77,7 @@ class Far:
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("model.safetensors", "config.json"):
             url = f"{self._url}/draft/versions/{version}/{name}"
-            told = {"headers": authorization(self._api_key), "timeout": _COPY_TIMEOUT_S, "trust_env": False}
+            told = {"headers": authorization(self._api_key), "timeout": COPY_LIMIT_S, "trust_env": False}
             try:
                 with httpx.stream("GET", url, **told) as answer, (folder / name).open("wb") as file:
                     answer.raise_for_status()
@@ -101,22 +101,10 @@ class Far:
             while not self._to_bring.empty():  # what came meanwhile replaces it, unless only this one has passed
                 message = _worthier(message, self._to_bring.get())
             try:
-                path = self._upload(Path(message.path))
+                path = upload_checkpoint(self._url, self._api_key, Path(message.path))
                 self._brought.put(VersionReady(path=path, verdict=message.verdict))
-            except (Unanswered, OSError, httpx.HTTPError) as error:
+            except (Unanswered, OSError) as error:
                 logger.error("draft training: %s does not get to the server: %s", message.path, error)
-
-    def _upload(self, checkpoint: Path) -> str:
-        with (
-            (checkpoint / "config.json").open("rb") as config,
-            (checkpoint / "model.safetensors").open("rb") as weights,
-        ):
-            answer = self._ask(
-                "POST", "/draft/uploads", files={"config": config, "weights": weights}, timeout=_COPY_TIMEOUT_S
-            )
-        if (why := refusal(answer)) is not None:
-            raise Unanswered(why)
-        return answer.json()["path"]
 
     def _ask_for_lease(self) -> None:
         reader = Reader(

@@ -66,10 +66,12 @@ class Inbox:
         samples = []
         wait_for_any([self], wait_s)
         for _ in range(_MOST_AT_ONCE):
-            if not self._socket.get(zmq.EVENTS) & zmq.POLLIN:
+            try:
+                frames = self._receive_frames()
+            except zmq.Again:  # also where the socket said that it has something: it does for a heartbeat
                 self._let_go()
                 break
-            samples += self.take(self._receive_frames())
+            samples += self.take(frames)
         return samples
 
     def close(self) -> None:
@@ -121,8 +123,8 @@ class Inbox:
             del self._segments[stream]
 
     def _receive_frames(self) -> list[memoryview]:
-        """The next message's frames; of those that are too many, none but one is kept."""
-        frames = [self._socket.recv(copy=False)]
+        """The next message's frames; of those that are too many, none but one is kept. Raises zmq.Again."""
+        frames = [self._socket.recv(zmq.NOBLOCK, copy=False)]
         while frames[-1].more:
             frames[FRAMES:] = [self._socket.recv(copy=False)]
         return [frame.buffer for frame in frames]

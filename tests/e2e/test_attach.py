@@ -38,6 +38,10 @@ class AttachedTrainer:
         self._process.send_signal(signal.SIGTERM)
         self._process.wait(60)
 
+    def kill(self):
+        self._process.kill()
+        self._process.wait()
+
     def lines(self):
         return [json.loads(line) for line in self.metrics.read_text().splitlines()]
 

@@ -2,12 +2,15 @@
 
 import shutil
 import socket
+import subprocess
+import sys
 
 import pytest
 
+from sglang_specforge.client import NotCaptured, wait_until_captured
 from sglang_specforge.curve import Identity
 from tests.e2e.conftest import TARGET, assert_every_token_is_accounted_for, outputs, prompts, settled, wait_for
-from tests.e2e.test_attach import STREAMED, AttachedTrainer
+from tests.e2e.test_attach import STREAMED, AttachedTrainer, is_read
 from tests.e2e.test_layouts import NO_CACHE
 
 # Takes the server for one whose sockets and disk it does not see.
@@ -53,12 +56,9 @@ def free_port():
         return min(listening.getsockname()[1], 65534)
 
 
-def reader(server, name="127.0.0.1"):
-    return {
-        "spans_endpoint": f"tcp://{name}:{free_port()}",
-        "control_endpoint": f"tcp://{name}:{free_port()}",
-        "key": Identity.new().public,
-    }
+def reader():
+    at = f"tcp://127.0.0.1:{free_port()}"
+    return {"spans_endpoint": at, "control_endpoint": at, "key": Identity.new().public}
 
 
 def test_a_trainer_elsewhere_improves_the_draft_and_every_token_is_accounted_for(server, trainer, reference):
@@ -78,3 +78,54 @@ def test_a_trainer_elsewhere_improves_the_draft_and_every_token_is_accounted_for
     assert status["tokens"]["dropped"].keys() <= {"past_finish", "duplicate"}
     assert 0 < status["trainer"]["parity"]["compared"] == status["trainer"]["parity"]["agreed"]
     assert not list((server.run_dir / "uploads").iterdir())
+
+
+def test_others_are_refused_while_it_reads_and_told_why(server, trainer, folder):
+    held = server.status()["reader"]["lease"]["spans_endpoint"]
+    answer = server.post("/draft/reader", json=reader())
+    assert (answer.status_code, held in answer.json()["message"]) == (409, True)
+    with pytest.raises(NotCaptured, match=held):
+        wait_until_captured(server.server.url)
+    second = subprocess.run(
+        [sys.executable, "-m", "trainer", "attach", "--server", server.server.url, "--run-dir", folder / "second"],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert second.returncode == 2
+    assert held in second.stderr
+    assert is_read(server)
+
+
+def test_a_killed_one_loses_its_lease_and_the_next_one_reads(server, folder, reference):
+    killed = far_trainer(server, folder)
+    killed.kill()
+    assert outputs(server.generate_all(prompts(50))) == reference()
+    wait_for("its lease runs out", lambda: server.status()["reader"]["lease"] is None)
+    assert [export["transport"] for export in server.status()["export"]] != ["tcp"]
+    again = far_trainer(server, folder)
+    server.generate_all(prompts(24, seed=300), tokens=40)
+    status = settled(server)
+    assert_every_token_is_accounted_for(status)
+    assert status["trainer"]["resumed_from_step"] > 0
+    again.end()
+    assert server.status()["reader"]["lease"] is None  # it said that it leaves
+
+
+def test_a_checkpoint_is_uploaded_and_served(server, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(server.run_dir / "versions" / "initial", checkpoint)
+    command = [sys.executable, "-m", "sglang_specforge", "swap", checkpoint, "--upload", "--url", server.server.url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    active = server.status()["draft"]["active_version"]
+    assert f"version {active} is active" in done.stdout
+    fetched = server.get(f"/draft/versions/{active}/model.safetensors").content
+    assert fetched == (checkpoint / "model.safetensors").read_bytes()
+
+
+def test_what_is_no_checkpoint_is_refused_and_not_kept(server):
+    files = {"config": b"[]", "weights": b"rubbish"}
+    assert server.post("/draft/uploads", files=files).status_code == 422
+    before = server.status()["draft"]["active_version"]
+    path = server.post("/draft/uploads", files={**files, "config": b"{}"}).json()["path"]
+    assert server.post("/draft/versions", json={"path": path}).status_code == 422
+    assert server.status()["draft"]["active_version"] == before
