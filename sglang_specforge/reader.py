@@ -52,9 +52,9 @@ class Lease:
                 f"the trainer at {self.reader.spans_endpoint} reads the states of this server; end it, or wait "
                 f"{LEASE_S:.0f} s after its last word"
             )
-        is_new, self.reader, self._renewed_s = reader != self.reader, reader, time.monotonic()
-        if is_new:
+        if is_new := reader != self.reader:
             self._write(Way(reader.spans_endpoint, reader.key, self.own))
+        self.reader, self._renewed_s = reader, time.monotonic()
         return is_new
 
     def has_run_out(self) -> bool:

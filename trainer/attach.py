@@ -47,8 +47,8 @@ class AttachSettings(OnlineSettings):
     run_dir: Path = Field(Path("draft-training-attached"), description="Folder for checkpoints and published versions.")
     listen: Endpoint | None = Field(
         None,
-        description="tcp://HOST:PORT of this machine, for servers on others: the first of them sends to PORT and "
-        "fetches from PORT+1, the next has the two ports after that. Encrypted.",
+        description="tcp://HOST:PORT, for servers on other machines; HOST is this one's IPv4 address. The first server "
+        "has PORT and PORT+1, the next the two ports after that. Encrypted.",
     )
     target: str | None = Field(
         None, description="Local folder or hub name of the target, where it is not where the first server has it."
@@ -111,8 +111,8 @@ class Watch:
 
     def _follow(self, run: Run, reader: dict[str, Any]) -> None:
         is_new = self.run is None or run.spans_endpoint != self.run.spans_endpoint
-        if is_new and self._make_far and not is_here(run):
-            self.far = self._make_far(reader["key"])
+        if is_new:
+            self.far = self._make_far(reader["key"]) if self._make_far and not is_here(run) else None
         self.leased_to = (reader["lease"] or {}).get("spans_endpoint")
         self.run = run
 
@@ -174,7 +174,7 @@ class AttachedServers:
         for name in _ALIKE:
             if (found := getattr(run, name)) != (expected := getattr(self._job, name)):
                 return f"has {name} {found}, and this training's is {expected}; give it a trainer of its own"
-        if run.run_dir == self._job.run_dir:
+        if watch.far is None and run.run_dir == self._job.run_dir:
             return f"keeps its own versions in {run.run_dir}; give another --run-dir"
         if watch.far is None and not is_here(run):
             return (

@@ -38,7 +38,7 @@ class Far:
         self.paths: dict[int, Path] = {}  # of the server's versions, those that are here as well
         self._url, self._api_key, self._own, self._peer = url, api_key, Identity.new(), peer
         self._versions = versions
-        self._to_bring: queue.Queue[VersionReady] = queue.Queue()
+        self._to_bring: queue.SimpleQueue[VersionReady | None] = queue.SimpleQueue()
         self._brought: queue.SimpleQueue[VersionReady] = queue.SimpleQueue()
 
     def open_door(self) -> Door:
@@ -60,13 +60,14 @@ class Far:
         does."""
         self._ask_for_lease()
         folders = [self._versions.root / "initial", *map(self._versions.path, self._versions.published())]
-        here = {_content(folder): folder for folder in folders}
+        here = {content: folder for folder in folders if (content := _content(folder))}
         told = self._ask("GET", "/draft/versions", timeout=_LEASE_TIMEOUT_S).json()
         self.paths = {one["version"]: here[one["sha256"]] for one in told if one["sha256"] in here}
 
     def release(self) -> None:
         """The server need not wait until the lease runs out."""
         self.is_leased = False
+        self._to_bring.put(None)
         try:
             self._ask("DELETE", "/draft/reader", params={"key": self._own.public}, timeout=_LEASE_TIMEOUT_S)
         except Unanswered as error:
@@ -96,10 +97,12 @@ class Far:
         return [self._brought.get() for _ in range(self._brought.qsize())]
 
     def _bring(self) -> None:
-        while self.is_leased:
-            message = self._to_bring.get()
-            while not self._to_bring.empty():  # what came meanwhile replaces it, unless only this one has passed
-                message = _worthier(message, self._to_bring.get())
+        while (message := self._to_bring.get()) is not None:
+            # What came meanwhile replaces it, unless only this one has passed.
+            while not self._to_bring.empty() and (newer := self._to_bring.get()) is not None:
+                message = _worthier(message, newer)
+            if not self.is_leased:
+                return
             try:
                 path = upload_checkpoint(self._url, self._api_key, Path(message.path))
                 self._brought.put(VersionReady(path=path, verdict=message.verdict))

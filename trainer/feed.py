@@ -1,6 +1,7 @@
 """One server as the trainer sees it: its stream, the account of what came by it, and the way back."""
 
 import logging
+from collections import deque
 from collections.abc import Iterable
 
 import zmq
@@ -60,6 +61,7 @@ class Feed:
         self._far, self._door = stream.far, stream.far and stream.far.open_door()
         endpoint = self._far.spans_endpoint if self._far else run.spans_endpoint
         self._is_heard = True
+        self._unsaid: deque[control.VersionReady] = deque()  # of versions that are on the server's machine
         try:
             self.inbox = Inbox(endpoint, self._assembler, self.ledger, expected, max_frame_bytes, self._door)
             self._outbox = stream.open_outbox(self._door)
@@ -87,11 +89,12 @@ class Feed:
         if self._far and isinstance(message, control.VersionReady):
             self._far.bring(message)
             return
-        for brought in self._far.brought() if self._far else ():
-            self._put(brought)
+        self._unsaid += self._far.brought() if self._far else ()
+        while self._unsaid and self._put(self._unsaid[0]):
+            self._unsaid.popleft()
         self._put(message)
 
-    def _put(self, message: control.ControlMessage) -> None:
+    def _put(self, message: control.ControlMessage) -> bool:
         try:
             self._outbox.send(control.encode(message), zmq.NOBLOCK)
             self._is_heard = True
@@ -99,6 +102,7 @@ class Feed:
             if self._is_heard:
                 logger.warning("draft training: the server takes no messages; they are left out until it does")
             self._is_heard = False
+        return self._is_heard
 
     def close(self) -> None:
         self.inbox.close()

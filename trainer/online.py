@@ -216,7 +216,7 @@ class OnlineSource:
         feed = Feed(stream, self._settings, self._target, self._prefixes, self._known.values())
         logger.info("draft training: reads %s", stream.far.spans_endpoint if stream.far else run.spans_endpoint)
         self._feeds[run.spans_endpoint] = feed
-        if run.run_dir != self._job.run_dir and self._passed:
+        if (stream.far or run.run_dir != self._job.run_dir) and self._passed:
             feed.send(self._version_ready(self._passed))
 
     def _version_ready(self, version: int, verdict: control.Verdict | None = None) -> control.VersionReady:

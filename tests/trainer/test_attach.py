@@ -9,10 +9,11 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 
 from sglang_specforge.training_settings import Job, Speculation
+from sglang_specforge.versions import VersionFolder
 from tests.tiny import make_run, make_target
 from trainer.attach import AttachedServers, AttachSettings, CannotAttach, Watch
 from trainer.cli import main
-from trainer.far import Stream
+from trainer.far import Far, Stream
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +104,28 @@ def test_the_servers_own_run_folder_is_refused(run, job):
     settings = job.settings.model_copy(update={"run_dir": run.run_dir})
     with pytest.raises(CannotAttach, match="give another --run-dir"):
         AttachedServers(job.model_copy(update={"settings": settings}), [Told(run)]).check()
+
+
+def test_a_run_folder_of_the_same_name_on_another_machine_is_another_one(run, job, tmp_path):
+    elsewhere = Told(run.model_copy(update={"spans_endpoint": "ipc:///nowhere/spans"}))
+    elsewhere.far = Far("http://a", None, "127.0.0.1", 9, "key", VersionFolder(tmp_path))
+    settings = job.settings.model_copy(update={"run_dir": run.run_dir})
+    servers = AttachedServers(job.model_copy(update={"settings": settings}), [elsewhere])
+    servers.check()
+    assert servers.streams() == [elsewhere.stream()]
+
+
+def test_a_server_that_sends_its_states_elsewhere_is_refused(run, job):
+    leased = Told(run)
+    leased.leased_to = "tcp://10.0.0.7:7100"
+    with pytest.raises(CannotAttach, match="tcp://10.0.0.7:7100"):
+        AttachedServers(job, [leased]).check()
+
+
+def test_ports_that_do_not_suffice_for_the_servers_are_refused():
+    with pytest.raises(ValueError, match="no two ports for each of 2 servers"):
+        AttachSettings(servers=["http://a", "http://b"], listen="tcp://10.0.0.7:65533")
+    assert AttachSettings(servers=["http://a", "http://b"], listen="tcp://10.0.0.7:65532").address(1)[1] == 65534
 
 
 def test_a_silent_server_is_as_it_was(run, job):
