@@ -2,9 +2,10 @@
 
     python benchmarks/transport.py [--quick] [--json FILE]
 
-Three ways: shared memory and ZMQ frames, both as the exporter and the trainer use them (``export/link.py``,
-``trainer/inbox.py``), and pickled pyzmq as one would write it. A state has crossed when it lies in memory of the
-reader's own, so shared memory is two copies, in two processes at a time. One thread each.
+Four ways: shared memory, ZMQ frames, and TCP under CURVE as between machines (here over the loopback), all as the
+exporter and the trainer use them (``export/link.py``, ``trainer/inbox.py``), and pickled pyzmq as one would write it. A
+state has crossed when it lies in memory of the reader's own, so shared memory is two copies, in two processes at a
+time. One thread each.
 """
 
 import multiprocessing
@@ -26,11 +27,13 @@ from rich.table import Table
 
 from sglang_specforge.contracts.control import TokenLedger
 from sglang_specforge.contracts.spans import Captured, Span, TensorLayout
+from sglang_specforge.curve import Door, Identity
 from sglang_specforge.export.link import Link
 from sglang_specforge.export.ring import HostRing
+from sglang_specforge.reader import Way
 from trainer.inbox import Inbox
 
-WAYS = ("shared memory", "zmq frames", "pickled pyzmq")
+WAYS = {"shared memory": "shared_memory", "zmq frames": "zmq", "tcp, curve": "tcp", "pickled pyzmq": "pickled pyzmq"}
 HIDDEN, TOKENS = (1024, 4096, 7168), (1, 8, 64, 512, 8192)
 RING_BYTES, LARGE = 256 << 20, 1 << 20
 LEAST_BYTES, LEAST_MESSAGES, MOST_MESSAGES = 1 << 30, 8, 2000
@@ -62,8 +65,8 @@ class Sink:
         return []
 
 
-def read(way: str, endpoint: str, nbytes: int, orders: Connection) -> None:
-    """The reader's process: takes as many messages as it is told, and says when it has them."""
+def read(way: str, endpoint: str, nbytes: int, orders: Connection, own: Identity, peer: str) -> None:
+    """The reader's process: says where it listens, takes as many messages as it is told, and says when it has them."""
     torch.set_num_threads(1)
     sink = Sink(nbytes + (1 << 20))
     if way == "pickled pyzmq":
@@ -74,12 +77,15 @@ def read(way: str, endpoint: str, nbytes: int, orders: Connection) -> None:
             found = socket.recv_pyobj()
             sink.add(None, {name: torch.from_numpy(found[name]) for name in ("aux", "last", "tokens")})
     else:
-        inbox = Inbox(endpoint, sink, TokenLedger(), None, max_frame_bytes=1 << 40)
+        door = Door(own, peer) if way == "tcp, curve" else None
+        endpoint = "tcp://127.0.0.1:*" if door else endpoint
+        inbox = Inbox(endpoint, sink, TokenLedger(), None, max_frame_bytes=1 << 40, door=door)
+        endpoint = inbox._socket.last_endpoint.decode().rstrip("\0")
 
         def receive() -> None:
             inbox.receive(1.0)
 
-    orders.send("ready")
+    orders.send(endpoint)
     while (wanted := orders.recv()) is not None:
         until = sink.messages + wanted
         while sink.messages < until:
@@ -106,14 +112,17 @@ class States:
 class Sender:
     """Sends spans the way it was made for."""
 
-    def __init__(self, way: str, endpoint: str, states: States, ring: HostRing) -> None:
+    def __init__(self, way: str, endpoint: str, states: States, ring: HostRing, own: Identity, peer: str) -> None:
         self._way, self._states, self._ring = way, states, ring
         self._sent = 0
         if way == "pickled pyzmq":
             self._socket = zmq.Context.instance().socket(zmq.PUSH)
             self._socket.connect(endpoint)
         else:
-            self._link = Link(endpoint, ring)
+            is_far = endpoint.startswith("tcp")
+            self._link = Link("ipc:///nobody" if is_far else endpoint, ring)
+            if is_far:
+                self._link.turn_to(Way(endpoint, peer, own))
             while not self._link.is_read():
                 time.sleep(0.01)
 
@@ -169,10 +178,11 @@ def measure(way: str, hidden: int, tokens: int, rounds: int) -> Measured:
     orders, others = context.Pipe()
     with tempfile.TemporaryDirectory() as folder:
         endpoint = f"ipc://{folder}/s"
-        reader = context.Process(target=read, args=(way, endpoint, states.nbytes, others), daemon=True)
+        own, peer = Identity.new(), Identity.new()
+        told = (way, endpoint, states.nbytes, others, peer, own.public)
+        reader = context.Process(target=read, args=told, daemon=True)
         reader.start()
-        orders.recv()
-        sender = Sender(way, endpoint, states, ring)
+        sender = Sender(way, orders.recv(), states, ring, own, peer.public)
         found, copied = [], []
         for number in range(rounds + 1):  # the first one touches all memory
             count = min(MOST_MESSAGES, -(-ring_bytes // states.nbytes)) if number == 0 else messages
@@ -183,7 +193,7 @@ def measure(way: str, hidden: int, tokens: int, rounds: int) -> Measured:
                 sender.send()
             orders.recv()
             found.append(count * states.nbytes / (time.perf_counter() - started_s) / 1e9)
-        if sender.transport != {"shared memory": "shared_memory", "zmq frames": "zmq"}.get(way, way):
+        if sender.transport != WAYS[way]:
             raise RuntimeError(f"{way} was asked for, {sender.transport} was used")
         orders.send(None)
         reader.join()

@@ -129,3 +129,16 @@ def test_what_is_no_checkpoint_is_refused_and_not_kept(server):
     path = server.post("/draft/uploads", files={**files, "config": b"{}"}).json()["path"]
     assert server.post("/draft/versions", json={"path": path}).status_code == 422
     assert server.status()["draft"]["active_version"] == before
+
+
+def test_a_server_that_starts_anew_is_read_again(server, trainer):
+    key = server.status()["reader"]["key"]
+    server.server.process.kill()
+    server.server.restart()
+    wait_for("the server that came back is read", lambda: is_read(server))
+    server.generate_all(prompts(24, seed=400), tokens=40)
+    status = settled(server)
+    assert status["reader"]["key"] != key
+    assert [export["transport"] for export in status["export"]] == ["tcp"]
+    assert status["tokens"]["captured"] > 0
+    assert_every_token_is_accounted_for(status)
