@@ -9,13 +9,13 @@ import secrets
 import tomllib
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from sglang_specforge.manifest import Mode
-from sglang_specforge.training_settings import Job, TrainingSettings
+from sglang_specforge.training_settings import Job, TrainingSettings, split
 
 RUN_VARIABLE = "SGLANG_SPECFORGE_RUN"
 SERVER_PID_VARIABLE = "SGLANG_SPECFORGE_SERVER_PID"  # of the server that started a trainer
@@ -83,6 +83,12 @@ class DraftTrainingSettings(OnlineSettings):
         False,
         description="Capture only requests that say true: custom_params draft_training, or header X-Draft-Training.",
         json_schema_extra={"flag": "draft-capture-opt-in"},
+    )
+    capture_deny: Annotated[tuple[str, ...], BeforeValidator(split)] = Field(
+        (),
+        description="Slices that are never captured, for instance internal,medical: what requests are labelled with, "
+        "by custom_params draft_slice or header X-Draft-Slice.",
+        json_schema_extra={"flag": "draft-capture-deny"},
     )
     capture_max_mb_s: float | None = Field(
         None,

@@ -13,8 +13,8 @@ Dtype = Literal["bfloat16", "float32"]
 Objective = Literal["soft_ce", "forward_kl", "hard_ce", "tv", "lk_alpha", "lk_lambda"]
 
 
-def _split(given: Any) -> Any:
-    """A flag's comma-separated numbers, or the file's list as it is."""
+def split(given: Any) -> Any:
+    """A flag's comma-separated values, or the file's list as it is."""
     return [part.strip() for part in given.split(",")] if isinstance(given, str) else given
 
 
@@ -71,7 +71,7 @@ class TrainingSettings(BaseModel):
     )
     ttt_steps: int = Field(7, ge=1, le=16, description="Length of the training-time test (EAGLE-3, section 3.2).")
     ttt_decay: float = Field(0.8, gt=0, le=1, description="Weight of step k of the training-time test is decay**k.")
-    ttt_weights: Annotated[tuple[float, ...] | None, BeforeValidator(_split)] = Field(
+    ttt_weights: Annotated[tuple[float, ...] | None, BeforeValidator(split)] = Field(
         None, description="Weight of each step instead of ttt_decay, for instance 1,0.8,0.5."
     )
     slice_weights: Annotated[dict[str, float], BeforeValidator(_split_weights), AfterValidator(_check_weights)] = Field(
@@ -99,7 +99,7 @@ class TrainingSettings(BaseModel):
     compile: bool = Field(False, description="torch.compile the draft's layer; for GPUs.")
     keep_versions: int = Field(3, ge=2, description="Published versions kept on disk, the best one apart.")
     keep_checkpoints: int = Field(2, ge=1, description="Training checkpoints kept on disk.")
-    trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_split)] = Field(
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(split)] = Field(
         (), description="Where metrics go besides <run_dir>/metrics.jsonl: tensorboard, wandb, or both."
     )
     seed: int = Field(0, description="Seed of a draft created here and of the trainer.")

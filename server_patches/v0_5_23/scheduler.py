@@ -234,7 +234,8 @@ class _Served:
         said = asked(req)
         self.rid, self.alias, self._req = req.rid, run.alias(req.rid), req
         self.prompt_tokens, self.cached_tokens = len(req.origin_input_ids), req.cached_tokens
-        self.slice = str(said.get(SLICE_KEY, ""))[:_LONGEST_SLICE]
+        label = str(said.get(SLICE_KEY, ""))
+        self.slice = label[:_LONGEST_SLICE]
         self.is_counted, self.refusal = True, None
         if req.rid.startswith(HEALTH_CHECK_RID_PREFIX):
             self.is_counted, self.refusal = False, "health_check"
@@ -242,6 +243,8 @@ class _Served:
             self.refusal = "adapter"  # what an adapter computes is not the target's
         elif said.get(OPT_KEY) is False:
             self.refusal = "opted_out"
+        elif label in run.settings.capture_deny:
+            self.refusal = "denied"
         elif run.settings.capture_opt_in and said.get(OPT_KEY) is not True:
             self.refusal = "not_opted_in"
 

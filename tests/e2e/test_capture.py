@@ -86,8 +86,9 @@ def test_a_sample_of_the_requests_is_captured_whole(start):
     assert_every_token_is_accounted_for(status)
 
 
-def test_only_requests_that_say_so_are_captured_where_the_operator_wants_that(start):
-    client = start("--dtype", "float32", training={"trainer": "none", "capture-opt-in": "true"})
+def test_only_requests_that_say_so_and_of_no_denied_slice_are_captured_where_the_operator_wants_that(start):
+    limits = {"capture-opt-in": "true", "capture-deny": "internal,medical"}
+    client = start("--dtype", "float32", training={"trainer": "none", **limits})
     socket = zmq.Context.instance().socket(zmq.PULL)
     socket.bind(client.status()["spans_endpoint"])
     wait_until_captured(client.server.url)
@@ -98,7 +99,11 @@ def test_only_requests_that_say_so_are_captured_where_the_operator_wants_that(st
         header = {"X-Draft-Training": "true"}
         for route, body in (("/generate", {"text": ["a", "b"]}), ("/v1/completions", {"model": "m", "prompt": "c"})):
             assert client.post(route, json=body, headers=header).status_code == 200
+        labelled = {**header, "X-Draft-Slice": "medical"}
+        assert client.post("/generate", json={"text": ["d", "e"]}, headers=labelled).status_code == 200
+        client.generate("f", custom_params={"draft_training": True, "draft_slice": "internal"})
     requests = requests_of(client)
     assert requests["captured"] == before["captured"] + 3 * 4
+    assert requests["left_out"]["denied"] == 3 * 3
     assert requests["left_out"]["not_opted_in"] == before["left_out"].get("not_opted_in", 0) + 3
     socket.close()
