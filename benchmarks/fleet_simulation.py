@@ -67,9 +67,18 @@ class Setting:
         return self.tokens_s / self.pass_tokens
 
     @property
+    def beyond(self) -> int:
+        """Messages of one server that wait at a socket's other end while a step lasts."""
+        return _QUEUED_MESSAGES if self.way == "tcp" else 0
+
+    @property
     def waiting(self) -> int:
-        """Messages of one server that find room while a step lasts: in its ring, and beyond a socket's other end."""
-        return self.ring_bytes // self.message_bytes + (_QUEUED_MESSAGES if self.way == "tcp" else 0)
+        """Messages of one server that find room while a step lasts, those in its ring among them."""
+        return self.ring_bytes // self.message_bytes + self.beyond
+
+    def paid_after_step(self, paid: float) -> float:
+        """What is left for the next steps; like a replay buffer, it does not grow without end."""
+        return min(paid - self.step_tokens, 4.0 * self.step_tokens)
 
 
 @dataclass(frozen=True)
@@ -108,13 +117,12 @@ def simulate(servers: int, given: Setting, cost: Cost, seconds: float = SIMULATE
         kept = np.minimum(np.minimum(came, given.waiting), carried)
         offered, taken = offered + int(came.sum()), taken + int(kept.sum())
         if cycle_s >= given.step_s:
-            beyond = _QUEUED_MESSAGES if given.way == "tcp" else 0
-            highest = max(highest, float(max(1, kept.max() - beyond)) * given.message_bytes)
+            highest = max(highest, float(max(1, kept.max() - given.beyond)) * given.message_bytes)
         spent_s = float(kept.sum()) * taking_s
         paid += given.credit * float(kept.sum()) * given.pass_tokens
         trains = paid >= given.step_tokens
         if trains:
-            paid, steps = min(paid - given.step_tokens, 4.0 * given.step_tokens), steps + 1
+            paid, steps = given.paid_after_step(paid), steps + 1
         cycle_s = max(0.01, spent_s + (given.step_s if trains else 0.0))
         now_s, ingested_s = now_s + cycle_s, ingested_s + spent_s
     wanted = given.credit * taken * given.pass_tokens / given.step_tokens
@@ -175,7 +183,7 @@ class Reader:
     def __init__(self, folder: Path, given: Setting, streams: int) -> None:
         self.given, self.messages, self.steps, self.ingested_s = given, 0, 0, 0.0
         self.keys = [(Identity.new(), Identity.new()) for _ in range(streams)]  # the server's, and the reader's
-        self.inboxes, self.ledgers, self.endpoints = [], [], []
+        self.inboxes, self.ledgers = [], []
         for place, (server, own) in enumerate(self.keys):
             door = Door(own, server.public) if given.way == "tcp" else None
             endpoint = "tcp://127.0.0.1:*" if door else f"ipc://{folder}/{place}"
@@ -183,7 +191,6 @@ class Reader:
             inbox = Inbox(endpoint, Assembler(ledger, 4096), ledger, None, 1 << 40, door)
             self.inboxes.append(inbox)
             self.ledgers.append(ledger)
-            self.endpoints.append(inbox._socket.last_endpoint.decode().rstrip("\0"))
 
     def run(self, is_over: Any, *, trains: bool = True) -> None:
         paid, given = 0.0, self.given
@@ -196,7 +203,7 @@ class Reader:
             self.ingested_s += (time.perf_counter() - started_s) if came else 0.0
             paid += given.credit * came * given.pass_tokens
             if trains and paid >= given.step_tokens:
-                paid, self.steps = min(paid - given.step_tokens, 4.0 * given.step_tokens), self.steps + 1
+                paid, self.steps = given.paid_after_step(paid), self.steps + 1
                 time.sleep(given.step_s)
             elif not came:
                 time.sleep(0.001)
@@ -209,9 +216,9 @@ def fleet(given: Setting, streams: int, seconds: float) -> Iterator[tuple[Reader
     with tempfile.TemporaryDirectory() as folder:
         reader = Reader(Path(folder), given, streams)
         ears, processes = [], []
-        for endpoint, (server, own) in zip(reader.endpoints, reader.keys, strict=True):
+        for inbox, (server, own) in zip(reader.inboxes, reader.keys, strict=True):
             ear, mouth = context.Pipe(duplex=False)
-            told = (endpoint, given, seconds, (server, own.public), mouth)
+            told = (inbox.endpoint, given, seconds, (server, own.public), mouth)
             processes.append(context.Process(target=export, args=told, daemon=True))
             ears.append(ear)
             processes[-1].start()
@@ -226,12 +233,9 @@ def calibrate(given: Setting) -> Cost:
     for tokens in (1, max(64, given.pass_tokens)):
         flat_out = replace(given, pass_tokens=tokens, tokens_s=tokens * 1e6, ring_bytes=256 << 20)
         with fleet(flat_out, 1, CALIBRATED_S) as (reader, ears, _):
-            cpu_s, started_s = time.thread_time(), None
-            while not ears[0].poll():
-                reader.run(lambda reader=reader: reader.messages > 0 or ears[0].poll(), trains=False)
-                if started_s is None:
-                    before, cpu_s, started_s = reader.messages, time.thread_time(), time.perf_counter()
-                reader.run(ears[0].poll, trains=False)
+            reader.run(lambda reader=reader: reader.messages > 0, trains=False)
+            before, cpu_s, started_s = reader.messages, time.thread_time(), time.perf_counter()
+            reader.run(ears[0].poll, trains=False)
             cpu_s, wall_s = time.thread_time() - cpu_s, time.perf_counter() - started_s
             messages = max(1, reader.messages - before)
             found.append((flat_out.message_bytes, cpu_s / messages, messages * flat_out.message_bytes / wall_s))

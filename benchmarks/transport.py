@@ -80,7 +80,7 @@ def read(way: str, endpoint: str, nbytes: int, orders: Connection, own: Identity
         door = Door(own, peer) if way == "tcp, curve" else None
         endpoint = "tcp://127.0.0.1:*" if door else endpoint
         inbox = Inbox(endpoint, sink, TokenLedger(), None, max_frame_bytes=1 << 40, door=door)
-        endpoint = inbox._socket.last_endpoint.decode().rstrip("\0")
+        endpoint = inbox.endpoint
 
         def receive() -> None:
             inbox.receive(1.0)

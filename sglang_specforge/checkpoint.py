@@ -5,6 +5,7 @@ vocabulary D, ``d2t`` [D] holds, for each draft id, the target id minus the draf
 the draft knows. Its other tensors are those of its kind (``sglang_specforge.drafts``).
 """
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -50,6 +51,12 @@ def load_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CheckpointError(f"draft checkpoint {folder}: config.json holds no object, but {str(config)[:80]!r}")
     return config
+
+
+def noted_content(folder: Path) -> str | None:
+    """SHA-256 of a checkpoint's weights, as its config has it; None where that was not noted, or it is gone."""
+    with contextlib.suppress(CheckpointError):
+        return load_config(folder).get(CONTENT_KEY)
 
 
 def load_checked(folder: Path, served: dict[str, Any], fingerprint: str) -> dict[str, torch.Tensor]:

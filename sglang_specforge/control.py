@@ -17,7 +17,7 @@ import zmq.asyncio
 
 from sglang_specforge import curve
 from sglang_specforge.ab.experiment import Experiments
-from sglang_specforge.checkpoint import CONTENT_KEY, CheckpointError, load_config
+from sglang_specforge.checkpoint import CheckpointError, noted_content
 from sglang_specforge.contracts import control
 from sglang_specforge.drift import ALL
 from sglang_specforge.export.acceptance import summary
@@ -88,7 +88,8 @@ class ControlService:
             if before is not None:
                 self._inbox.disconnect(before.control_endpoint)
             curve.connect(self._inbox, reader.control_endpoint, self._lease.own, reader.key)
-            await self._turn_exporters()
+            self._leases += 1
+            await self._engine.set_state(draft_training_reader=self._leases)
             logger.info("draft training: states go to %s", reader.spans_endpoint)
 
     async def end_lease(self, key: str, why: str = "it has left") -> None:
@@ -102,10 +103,6 @@ class ControlService:
             self._heard_at = None
             await self._engine.set_state(draft_training_reader=0)
             logger.info("draft training: states go to %s no more: %s", reader.spans_endpoint, why)
-
-    async def _turn_exporters(self) -> None:
-        self._leases += 1
-        await self._engine.set_state(draft_training_reader=self._leases)
 
     async def _check_unread(self) -> None:
         """Raises ReaderHeld where a trainer on this machine reads the streams."""
@@ -167,7 +164,7 @@ class ControlService:
             {
                 "version": version,
                 "path": str(path := self.swaps.path(version)),
-                "sha256": _content(path),
+                "sha256": noted_content(path),
                 "active": version == bank["active_version"],
                 "resident": version in bank["resident_versions"],
                 "refused": bank["refused"].get(str(version)) or self.swaps.failed.get(version),
@@ -270,12 +267,6 @@ async def running(service: ControlService) -> Any:
 def _log_failure(task: asyncio.Task) -> None:
     if not task.cancelled() and task.exception():
         logger.error("draft training: control service ended; serving goes on", exc_info=task.exception())
-
-
-def _content(checkpoint: Path) -> str | None:
-    """SHA-256 of its weights; None where that was not noted, or the trainer has deleted it meanwhile."""
-    with contextlib.suppress(CheckpointError):
-        return load_config(checkpoint).get(CONTENT_KEY)
 
 
 def _add_up(counts: list[dict[str, int]]) -> dict[str, int]:

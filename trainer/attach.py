@@ -104,7 +104,7 @@ class Watch:
     def fetch_draft(self, folder: Path) -> Path:
         """The checkpoint in service; copied to ``folder`` where it is on another machine. Raises Unanswered."""
         version = self._status()["draft"]["active_version"]
-        return self.run.version_path(version) if is_here(self.run) else self.far.fetch(version, folder)
+        return self.far.fetch(version, folder) if self.far else self.run.version_path(version)
 
     def stream(self) -> Stream:
         return Stream(self.run, self.far)

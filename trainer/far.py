@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import httpx
 import zmq
 
-from sglang_specforge.checkpoint import CONTENT_KEY, CheckpointError, load_config
+from sglang_specforge.checkpoint import noted_content
 from sglang_specforge.client import COPY_LIMIT_S, Unanswered, authorization, refusal, request, upload_checkpoint
 from sglang_specforge.contracts.control import VersionReady
 from sglang_specforge.curve import Door, Identity
@@ -60,7 +60,7 @@ class Far:
         does."""
         self._ask_for_lease()
         folders = [self._versions.root / "initial", *map(self._versions.path, self._versions.published())]
-        here = {content: folder for folder in folders if (content := _content(folder))}
+        here = {content: folder for folder in folders if (content := noted_content(folder))}
         told = self._ask("GET", "/draft/versions", timeout=_LEASE_TIMEOUT_S).json()
         self.paths = {one["version"]: here[one["sha256"]] for one in told if one["sha256"] in here}
 
@@ -144,10 +144,3 @@ class Stream(NamedTuple):
 def _worthier(waiting: VersionReady, newer: VersionReady) -> VersionReady:
     passed, newer_passed = (m.verdict is None or m.verdict.passed for m in (waiting, newer))
     return waiting if passed and not newer_passed else newer
-
-
-def _content(checkpoint: Path) -> str | None:
-    try:
-        return load_config(checkpoint).get(CONTENT_KEY)
-    except CheckpointError:
-        return None

@@ -59,6 +59,7 @@ class Inbox:
             door.bind(self._socket, endpoint)
         else:
             self._socket.bind(endpoint)
+        self.endpoint = self._socket.last_endpoint.decode()  # with the port that was found, where any would do
 
     def receive(self, wait_s: float) -> list[Sample]:
         """Samples completed by what has arrived (if it never ends, by a part of it); waits up to ``wait_s`` for a first

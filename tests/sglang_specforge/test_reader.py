@@ -29,7 +29,7 @@ def listen(identity, admitted):
     """An inbox at a free port, and its port."""
     door = Door(identity, admitted)
     inbox = Inbox("tcp://127.0.0.1:*", Assembler(TokenLedger(), 100), TokenLedger(), door=door)
-    return inbox, door, int(inbox._socket.last_endpoint.rpartition(b":")[2])
+    return inbox, door, int(inbox.endpoint.rpartition(":")[2])
 
 
 @pytest.fixture
