@@ -2,13 +2,14 @@
 
     python benchmarks/faults.py [--minutes 20] [--json FILE]
 
-One real server under a steady load of streams; a reader as a trainer has it (``trainer/inbox.py``), but that learns
-nothing, so that it takes no cores. Calm windows alternate with windows in which one thing is wrong. Also shown: memory
+One real server under a steady load of streams; a reader as a trainer has it (``trainer/inbox.py``, with a prefix store
+that spills to disk), but that learns nothing, so that it takes no cores. Calm windows alternate with windows in which one thing is wrong. Also shown: memory
 of the server's processes at the beginning and the end, and memory files that they hold.
 """
 
 import asyncio
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -32,13 +33,16 @@ from sglang_specforge.server_process import ServerProcess
 SERVING = ("--max-total-tokens", 16384, "--max-running-requests", 16, "--draft-training-ring-mb", 2)
 READER = """
 import signal, sys, time
+from pathlib import Path
 from sglang_specforge.contracts.control import TokenLedger
 from trainer.assemble import Assembler
 from trainer.inbox import Inbox
+from trainer.prefix_store import PrefixStore
+from trainer.spill import Spill
 slow = []
 signal.signal(signal.SIGUSR1, lambda *_: slow.clear() if slow else slow.append(1))
-ledger = TokenLedger()
-inbox = Inbox(sys.argv[1], Assembler(ledger, 4096), ledger)
+ledger, spill = TokenLedger(), Spill(Path(sys.argv[2]), 64 << 20, 1 << 16)
+inbox = Inbox(sys.argv[1], Assembler(ledger, 4096, PrefixStore("target", 1 << 20, spill)), ledger)
 take = inbox.take
 def take_slowly(frames):
     time.sleep(0.5 if slow else 0)
@@ -52,13 +56,13 @@ while True:
 class Reader:
     """The process that reads the stream, and what can befall it."""
 
-    def __init__(self, server: ServerProcess) -> None:
-        self._server, run = server, run_of(server.url)
+    def __init__(self, server: ServerProcess, spill_folder: str) -> None:
+        self._server, self._spill_folder, run = server, spill_folder, run_of(server.url)
         self._spans, self._control = run.spans_endpoint, run.control_endpoint
         self.start()
 
     def start(self) -> None:
-        self.process = subprocess.Popen([sys.executable, "-c", READER, self._spans])
+        self.process = subprocess.Popen([sys.executable, "-c", READER, self._spans, self._spill_folder])
         wait_until_captured(self._server.url)
 
     def end(self) -> None:
@@ -82,6 +86,13 @@ class Reader:
         self.process.send_signal(signal.SIGUSR1)
         yield
         self.process.send_signal(signal.SIGUSR1)
+
+    @contextmanager
+    def disk_full(self) -> Iterator[None]:
+        """For its spill: its files may not grow past their first byte."""
+        limits = resource.prlimit(self.process.pid, resource.RLIMIT_FSIZE, (1, resource.RLIM_INFINITY))
+        yield
+        resource.prlimit(self.process.pid, resource.RLIMIT_FSIZE, limits)
 
     @contextmanager
     def socket_deleted(self) -> Iterator[None]:
@@ -116,6 +127,7 @@ async def run_windows(server: ServerProcess, reader: Reader, minutes: float) -> 
         "killed": reader.killed,
         "stopped": reader.stopped,
         "slow": reader.slow,
+        "disk full": reader.disk_full,
         "socket deleted": reader.socket_deleted,
         "rubbish sent": reader.rubbish,
     }
@@ -140,7 +152,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
 ) -> None:
     with tempfile.TemporaryDirectory() as folder, start_capturing(target, Path(folder), *SERVING) as server:
-        reader = Reader(server)
+        reader = Reader(server, folder)
         asyncio.run(run_windows(server, reader, 0.5))  # until buffers have their size
         before_mb, files = resident_mb(server), memory_files(server)
         load, windows = asyncio.run(run_windows(server, reader, minutes))

@@ -20,6 +20,7 @@ _COUNTERS = {
     "captured_tokens": ((), "Tokens whose states were captured."),
     "trained_tokens": ((), "Captured tokens that were trained on."),
     "dropped_tokens": (("reason",), "Captured tokens that were dropped."),
+    "unspilled_blocks": ((), "Blocks of the prefix store that the disk did not take or give back."),
 }
 
 
@@ -73,3 +74,4 @@ def _counted(status: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], float]]:
     yield ("trained_tokens",), status["tokens"]["trained"]
     for reason, tokens in status["tokens"]["dropped"].items():
         yield ("dropped_tokens", reason), tokens
+    yield ("unspilled_blocks",), status["trainer"]["prefixes"]["unspilled_blocks"]

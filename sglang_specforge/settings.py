@@ -6,6 +6,7 @@ environment variable ``SGLANG_SPECFORGE_RUN`` (``Run``), because SGLang's ``Serv
 
 import os
 import secrets
+import tempfile
 import tomllib
 from hashlib import blake2b
 from pathlib import Path
@@ -33,6 +34,10 @@ class OnlineSettings(TrainingSettings):
     prefix_store_mb: int = Field(
         512, ge=0, description="Memory of the trainer for states of prefixes that the server caches, in MiB; 0: none."
     )
+    prefix_spill_dir: Path | None = Field(
+        None, description="Folder for what that memory has no room for, in a file without a name. Default: forgotten."
+    )
+    prefix_spill_mb: int = Field(8192, ge=1, description="Most MiB of it.")
     replay_tokens: int = Field(262_144, ge=8, description="Tokens the trainer keeps to train on again.")
     replay_policy: Literal["newest", "reservoir"] = Field(
         "newest", description="Which samples stay when there are too many: the newest, or a thinning share of all."
@@ -59,7 +64,24 @@ class OnlineSettings(TrainingSettings):
             raise ValueError(
                 f"replay_tokens = {self.replay_tokens} holds no batch; give at least batch_tokens = {self.batch_tokens}"
             )
+        if self.prefix_spill_dir and not self.prefix_store_mb:
+            raise ValueError("prefix_spill_dir takes what prefix_store_mb has no room for, and prefix_store_mb = 0")
         return self
+
+    def check_spill(self) -> None:
+        """On the trainer's machine.
+
+        Raises:
+            SettingsError: no file can be made in the folder for spilled prefixes.
+        """
+        try:
+            if self.prefix_spill_dir:
+                tempfile.TemporaryFile(dir=self.prefix_spill_dir).close()
+        except OSError as error:
+            raise SettingsError(
+                f"draft training setting 'prefix_spill_dir' = {str(self.prefix_spill_dir)!r}: no file can be made there "
+                f"({error.strerror}); give a folder that exists and can be written to"
+            ) from error
 
 
 class DraftTrainingSettings(OnlineSettings):
@@ -109,6 +131,10 @@ class DraftTrainingSettings(OnlineSettings):
         "where live acceptance falls. propose: they wait for POST /draft/activate. off: all go live.",
         json_schema_extra={"flag": "draft-gate"},
     )
+
+    def with_absolute_folders(self) -> "DraftTrainingSettings":
+        spill = self.prefix_spill_dir and self.prefix_spill_dir.absolute()
+        return self.model_copy(update={"run_dir": self.run_dir.absolute(), "prefix_spill_dir": spill})
 
 
 class Run(Job):

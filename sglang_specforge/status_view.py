@@ -93,6 +93,7 @@ def _number(value: float | None) -> str:
 
 def _prefixes(counts: dict[str, int]) -> str:
     return (
-        f"{counts['whole_prefixes']:,} of {counts['prefixes']:,} completed, "
-        f"{counts['missing_tokens']:,} tokens missing, {counts['stored_bytes'] >> 20:,} MiB kept"
+        f"{counts['whole_prefixes']:,} of {counts['prefixes']:,} completed, {counts['missing_tokens']:,} tokens missing, "
+        f"{counts['stored_bytes'] >> 20:,} MiB kept, {counts['spilled_bytes'] >> 20:,} MiB on disk"
+        + (f", {counts['unspilled_blocks']:,} blocks that the disk did not take" if counts["unspilled_blocks"] else "")
     )

@@ -71,6 +71,7 @@ def train_attached(settings: AttachSettings, api_key: str | None) -> None:
 def _train_online(
     job: Job, settings: OnlineSettings, servers: Servers, device: torch.device, stopped: Callable[[], bool]
 ) -> None:
+    settings.check_spill()
     learner = Learner(job, device)
     progress = Checkpoints(job).resume(learner)
     source = OnlineSource(job, settings, learner, servers, progress and progress.position, _trackers(job, learner))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 import msgspec
+import torch
 import torch.distributed as dist
 
 from sglang_specforge.client import Unanswered
@@ -21,11 +22,12 @@ from trainer.far import Stream
 from trainer.feed import Feed
 from trainer.inbox import wait_for_any
 from trainer.learner import Learner, Trained
-from trainer.prefix_store import PrefixStore
+from trainer.prefix_store import BLOCK, PrefixStore
 from trainer.replay import ReplayBuffer
 from trainer.resume import OnlinePosition, Position
 from trainer.sample import Sample
 from trainer.share import Dealer
+from trainer.spill import Spill
 from trainer.trackers import Trackers
 
 logger = logging.getLogger(__name__)
@@ -114,7 +116,7 @@ class OnlineSource:
             settings.slice_weights,
             settings.drift_weight,
         )
-        self._prefixes = PrefixStore(job.target_fingerprint, settings.prefix_store_mb << 20)
+        self._prefixes = self._make_prefix_store()
         for stream in servers.streams():
             self._open(stream)
 
@@ -209,6 +211,14 @@ class OnlineSource:
                 if endpoint not in self._taken:
                     logger.error("draft training: a server is not trained on, and tried again: %s", error)
                 self._taken.add(endpoint)
+
+    def _make_prefix_store(self) -> PrefixStore:
+        settings, hidden_size = self._settings, self._target.embed_VH.shape[1]
+        spill = None
+        if settings.prefix_spill_dir:
+            slot_bytes = BLOCK * 4 * hidden_size * getattr(torch, self._job.served_dtype).itemsize
+            spill = Spill(settings.prefix_spill_dir, settings.prefix_spill_mb << 20, slot_bytes)
+        return PrefixStore(self._job.target_fingerprint, settings.prefix_store_mb << 20, spill)
 
     def _open(self, stream: Stream) -> None:
         """Read the server's stream; one that has drafts of its own gets the newest that passed the gate here."""

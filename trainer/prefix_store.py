@@ -3,8 +3,9 @@
 A sequence is cut into blocks of 64 tokens, each keyed by a hash of its tokens and of the key before it, so a key stands
 for a block and all that lies before it, and the first of them for the target. A block that ends a sequence may be
 shorter; it gives way to a longer one that begins with it. What a cached prefix ends in is found among the blocks that
-begin with its tokens, whatever length the server cached. Blocks are shared by all sequences that begin alike and leave,
-least recently used first, when their bytes exceed the budget. Shapes: T tokens of a sequence, H hidden.
+begin with its tokens, whatever length the server cached. Blocks are shared by all sequences that begin alike. When their
+bytes exceed the budget, the least recently used leave memory, for the disk where there is a spill; there they stay until
+it is full too, and are read from it when they are wanted. Shapes: T tokens of a sequence, H hidden.
 """
 
 import hashlib
@@ -16,19 +17,14 @@ import torch
 from torch import Tensor
 
 from sglang_specforge.contracts.control import PrefixCounts
+from trainer.spill import Slot, Spill, States
 
-_BLOCK = 64  # tokens
+BLOCK = 64  # tokens
 
 
 class _Block(NamedTuple):
     parent: bytes
     tokens: bytes  # of int32
-    aux_T3H: Tensor
-    last_TH: Tensor
-
-    @property
-    def bytes(self) -> int:
-        return self.aux_T3H.nbytes + self.last_TH.nbytes + len(self.tokens)
 
     @property
     def branch(self) -> tuple[bytes, bytes]:
@@ -45,11 +41,17 @@ class Restored(NamedTuple):
 
 
 class PrefixStore:
-    """Holds at most ``capacity_bytes`` of states of one target, known by its fingerprint. ``counts`` tells its use."""
+    """Holds at most ``capacity_bytes`` of states of one target, known by its fingerprint. ``counts`` tells its use.
 
-    def __init__(self, target_fingerprint: str, capacity_bytes: int) -> None:
-        self._root, self._capacity_bytes = target_fingerprint.encode(), capacity_bytes
-        self._blocks: OrderedDict[bytes, _Block] = OrderedDict()  # least recently used first
+    Args:
+        spill: takes the blocks that leave memory; its slots hold ``BLOCK`` positions.
+    """
+
+    def __init__(self, target_fingerprint: str, capacity_bytes: int, spill: Spill | None = None) -> None:
+        self._root, self._capacity_bytes, self._spill = target_fingerprint.encode(), capacity_bytes, spill
+        self._blocks: dict[bytes, _Block] = {}
+        self._held: OrderedDict[bytes, States] = OrderedDict()  # least recently used first
+        self._spilled: OrderedDict[bytes, Slot] = OrderedDict()  # likewise; a block is in one of the two
         self._branches: dict[tuple[bytes, bytes], set[bytes]] = {}
         self.counts = PrefixCounts()
 
@@ -66,43 +68,41 @@ class PrefixStore:
             used += [key] if key else []
         self._touch(used)
         while self.counts.stored_bytes > self._capacity_bytes:
-            self._remove(next(iter(self._blocks)))
-            self.counts.evicted_blocks += 1
+            self._move_out(next(iter(self._held)))
 
     def restore(self, tokens_T: Tensor) -> Restored | None:
         """States of the end of this prefix (int64), as far back as there are any without a hole; counted."""
         keys = [self._find(parent, tokens) for _, parent, tokens in self._cut(tokens_T)]
-        holes = [i for i, key in enumerate(keys) if key is None]
-        first = holes[-1] + 1 if holes else 0
-        start = min(_BLOCK * first, len(tokens_T))
-        self._touch(keys[first:])
+        found: list[States] = []
+        while keys and (states := self._states(keys[-1])):
+            found.insert(0, states)
+            self._touch([keys.pop()])
+        start = min(BLOCK * len(keys), len(tokens_T))
         self.counts.prefixes += 1
         self.counts.whole_prefixes += start == 0
         self.counts.restored_tokens += len(tokens_T) - start
         self.counts.missing_tokens += start
         if start == len(tokens_T):
             return None
-        blocks, rows = [self._blocks[key] for key in keys[first:]], slice(len(tokens_T) - start)
-        aux_T3H, last_TH = (torch.cat([getattr(b, name) for b in blocks])[rows] for name in ("aux_T3H", "last_TH"))
-        return Restored(start, aux_T3H, last_TH)
+        rows = slice(len(tokens_T) - start)
+        return Restored(start, *(torch.cat(parts)[rows] for parts in zip(*found, strict=True)))
 
     def _keep(self, parent: bytes, tokens: bytes, cached: int, aux_T3H: Tensor, last_TH: Tensor) -> bytes | None:
         """Insert a block whose rows begin after its first ``cached`` tokens; those have to be here already."""
         length = len(tokens) // 4 - max(0, cached)
         rows = aux_T3H[:length].clone(), last_TH[:length].clone()
         if cached > 0:
-            begins = self._find(parent, tokens[: 4 * cached])
+            begins = self._states(self._find(parent, tokens[: 4 * cached]))
             if begins is None:
                 return None
-            block = self._blocks[begins]
-            rows = torch.cat([block.aux_T3H[:cached], rows[0]]), torch.cat([block.last_TH[:cached], rows[1]])
-        return self._insert(_Block(parent, tokens, *rows))
+            rows = (torch.cat([known[:cached], more]) for known, more in zip(begins, rows, strict=True))
+        return self._insert(_Block(parent, tokens), States(*rows))
 
     def _cut(self, tokens_T: Tensor) -> Iterator[tuple[int, bytes, bytes]]:
         """First position, the key before it, and tokens of each block."""
         content, parent = tokens_T.to(torch.int32).numpy().tobytes(), self._root
-        for start in range(0, len(tokens_T), _BLOCK):
-            tokens = content[4 * start : 4 * (start + _BLOCK)]
+        for start in range(0, len(tokens_T), BLOCK):
+            tokens = content[4 * start : 4 * (start + BLOCK)]
             yield start, parent, tokens
             parent = _key(parent, tokens)
 
@@ -110,7 +110,7 @@ class PrefixStore:
         """Key of the block that is these tokens or begins with them."""
         if (key := _key(parent, tokens)) in self._blocks:
             return key
-        if len(tokens) == 4 * _BLOCK:
+        if len(tokens) == 4 * BLOCK:
             return None
         alike = self._branches.get((parent, tokens[:4]), ())
         return next((key for key in alike if self._blocks[key].tokens.startswith(tokens)), None)
@@ -119,25 +119,63 @@ class PrefixStore:
         """Of blocks one after another: what lies before others is used the latest, so it leaves after them."""
         for key in reversed(keys):
             if key in self._blocks:
-                self._blocks.move_to_end(key)
+                (self._held if key in self._held else self._spilled).move_to_end(key)
 
-    def _insert(self, block: _Block) -> bytes:
+    def _states(self, key: bytes | None) -> States | None:
+        """Of a block; None where there is none, or where it cannot be read back: then it is forgotten."""
+        if key not in self._spilled:
+            return self._held.get(key)
+        states = self._spill.read(self._spilled[key])
+        if states is None:
+            self._forget(key)
+            self.counts.unspilled_blocks += 1
+        return states
+
+    def _insert(self, block: _Block, states: States) -> bytes:
         for key in list(self._branches.get(block.branch, ())):
             if block.tokens.startswith(self._blocks[key].tokens):
                 self._remove(key)
         key = _key(block.parent, block.tokens)
-        self._blocks[key] = block
+        self._blocks[key], self._held[key] = block, states
         self._branches.setdefault(block.branch, set()).add(key)
-        self.counts.stored_bytes += block.bytes
+        self.counts.stored_bytes += states.nbytes + len(block.tokens)
         return key
 
+    def _move_out(self, key: bytes) -> None:
+        """Of memory: to the disk where it takes the block, which may cost the ones there that were used least."""
+        if self._spill is None:
+            self._forget(key)
+            return
+        while self._spilled and not self._spill.has_room():
+            self._forget(next(iter(self._spilled)))
+        slot = self._spill.write(self._held[key]) if self._spill.has_room() else None
+        if slot is None:
+            self._forget(key)
+            self.counts.unspilled_blocks += 1
+            return
+        self._leave(key)
+        self._spilled[key] = slot
+        self.counts.spilled_bytes += self._spill.slot_bytes
+
+    def _forget(self, key: bytes) -> None:
+        self._remove(key)
+        self.counts.evicted_blocks += 1
+
     def _remove(self, key: bytes) -> None:
+        self._leave(key)
         block = self._blocks.pop(key)
         alike = self._branches[block.branch]
         alike.remove(key)
         if not alike:
             del self._branches[block.branch]
-        self.counts.stored_bytes -= block.bytes
+
+    def _leave(self, key: bytes) -> None:
+        """The place where its states are."""
+        if key in self._held:
+            self.counts.stored_bytes -= self._held.pop(key).nbytes + len(self._blocks[key].tokens)
+        else:
+            self._spill.free(self._spilled.pop(key))
+            self.counts.spilled_bytes -= self._spill.slot_bytes
 
 
 def _key(parent: bytes, tokens: bytes) -> bytes:

@@ -42,8 +42,9 @@ def consume_flags(cls: type, args: argparse.Namespace) -> None:
     try:
         if getattr(args, "enable_draft_training", False):
             settings = load_settings(DraftTrainingSettings, given, file)
-            # Others read where it is, from folders of their own.
-            _start_run(args, settings.model_copy(update={"run_dir": settings.run_dir.absolute()}))
+            if settings.trainer == "spawn":
+                settings.check_spill()
+            _start_run(args, settings.with_absolute_folders())  # others read them, from folders of their own
         elif given or file:
             flags = ", ".join(flag_of(DraftTrainingSettings, name, _PREFIX) for name in ([*given] or ["config"]))
             raise SettingsError(f"{flags} given without --enable-draft-training; add it, or leave them out")

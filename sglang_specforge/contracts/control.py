@@ -43,8 +43,10 @@ class PrefixCounts(msgspec.Struct, kw_only=True):
     whole_prefixes: int = 0  # of those, the ones that were completed from position 0
     restored_tokens: int = 0  # positions that got their states back
     missing_tokens: int = 0  # positions that did not: the sample is trained on without them
-    stored_bytes: int = 0
-    evicted_blocks: int = 0
+    stored_bytes: int = 0  # in memory
+    spilled_bytes: int = 0  # on disk
+    evicted_blocks: int = 0  # forgotten
+    unspilled_blocks: int = 0  # of those, the ones that the disk did not take or give back
 
 
 class Heartbeat(msgspec.Struct, tag="heartbeat", kw_only=True):

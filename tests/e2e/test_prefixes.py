@@ -2,6 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 from transformers import AutoTokenizer
 
 from tests.e2e.conftest import TARGET, TRAINING, assert_every_token_is_accounted_for, prompts, settled
@@ -16,8 +17,10 @@ def chat(client, system, questions):
     return len(questions)
 
 
-def test_turns_of_chats_are_trained_on_from_their_beginning(start):
-    client = start("--dtype", "float32", "--chunked-prefill-size", 128, training=TRAINING)
+@pytest.mark.parametrize("store_mb", [512, 1])
+def test_turns_of_chats_are_trained_on_from_their_beginning(start, tmp_path, store_mb):
+    store = {"prefix-store-mb": store_mb, "prefix-spill-dir": tmp_path}
+    client = start("--dtype", "float32", "--chunked-prefill-size", 128, training={**TRAINING, **store})
     encode = AutoTokenizer.from_pretrained(TARGET).encode
     system = [i for text in prompts(60, seed=1) for i in encode(text)][:300]
     asked = [encode(text)[:40] for text in prompts(40, seed=2)]
@@ -30,6 +33,7 @@ def test_turns_of_chats_are_trained_on_from_their_beginning(start):
     assert prefixes["whole_prefixes"] == prefixes["prefixes"]
     assert prefixes["missing_tokens"] == 0
     assert prefixes["restored_tokens"] > 36 * 300
-    assert 0 < prefixes["stored_bytes"] <= 512 << 20
+    assert 0 < prefixes["stored_bytes"] <= store_mb << 20
+    assert (prefixes["spilled_bytes"] > 4 << 20) == (store_mb == 1)
     assert_every_token_is_accounted_for(status)
     assert status["tokens"]["dropped"].get("too_long", 0) == 0

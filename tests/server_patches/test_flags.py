@@ -89,6 +89,10 @@ def test_the_flag_makes_a_draft_and_sets_speculation(target, tmp_path):
         (["--enable-draft-training", "--speculative-algorithm", "NGRAM"], "not --speculative-algorithm NGRAM"),
         (["--enable-draft-training", "--pp-size", "2"], "without pipeline parallelism"),
         (["--enable-draft-training", "--dtype", "float16"], "not float16; give --dtype bfloat16"),
+        (
+            ["--enable-draft-training", "--draft-training-prefix-spill-dir", "/dev/null"],
+            "'prefix_spill_dir' = '/dev/nul",
+        ),
         # The target is float32, which SGLang serves as float16 where no type is asked for.
         (["--enable-draft-training"], "not float16; give --dtype bfloat16"),
     ],

@@ -26,6 +26,7 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path, name, text
         ({"trainer_device": "gpu1"}, "'trainer_device' = 'gpu1' is not accepted"),
         ({"trainer": "remote"}, "'trainer' = 'remote' is not accepted"),
         ({"batch_tokens": 2048, "replay_tokens": 100}, "replay_tokens = 100 holds no batch"),
+        ({"prefix_store_mb": 0, "prefix_spill_dir": "."}, "and prefix_store_mb = 0"),
     ],
 )
 def test_what_is_not_accepted_is_named(given, message):

@@ -1,6 +1,8 @@
 """Prefixes that a server cached: what comes back, bit by bit, and what is forgotten first."""
 
+import os
 import random
+import resource
 
 import pytest
 import torch
@@ -8,9 +10,11 @@ import torch
 from sglang_specforge.contracts.control import TokenLedger
 from sglang_specforge.contracts.spans import Captured, Finished, Span
 from trainer.assemble import Assembler
-from trainer.prefix_store import PrefixStore
+from trainer.prefix_store import BLOCK, PrefixStore
+from trainer.spill import Spill
 
 H = 2
+BLOCK_BYTES = BLOCK * 4 * H * 4  # of states
 
 
 def states_of(tokens_T):
@@ -85,7 +89,7 @@ def test_memory_is_bounded_and_the_ends_of_what_was_used_least_recently_go_first
     store = PrefixStore("target", 0)
     put(store, tokens(640, 0))
     assert store.counts.stored_bytes == 0
-    store = PrefixStore("target", 640 * (4 * H * 4 + 4))  # ten blocks
+    store = PrefixStore("target", 10 * (BLOCK_BYTES + 4 * BLOCK))
     put(store, tokens(320, 0))
     put(store, tokens(320, 1))
     assert_restored(store, tokens(320, 0), 0)
@@ -96,8 +100,71 @@ def test_memory_is_bounded_and_the_ends_of_what_was_used_least_recently_go_first
     assert_restored(store, tokens(320, 1), 320)
 
 
-def test_any_traffic_with_any_cache_is_restored_bit_by_bit_or_left_out():
-    rng, store = random.Random(0), PrefixStore("target", 40_000)
+def test_what_memory_has_no_room_for_comes_back_from_the_disk(tmp_path):
+    store = PrefixStore("target", 10 * (BLOCK_BYTES + 4 * BLOCK), Spill(tmp_path, 20 * BLOCK_BYTES, BLOCK_BYTES))
+    for seed in range(5):
+        put(store, tokens(380, seed))
+    assert (store.counts.stored_bytes // BLOCK_BYTES, store.counts.spilled_bytes) == (11, 20 * BLOCK_BYTES)
+    assert store.counts.evicted_blocks == 0
+    assert list(tmp_path.iterdir()) == []  # nobody finds it by name, and a killed process leaves nothing
+    for seed in range(5):
+        assert_restored(store, tokens(380, seed), 0)
+    put(store, tokens(128, 5))
+    assert store.counts.evicted_blocks == 2
+    assert_restored(store, tokens(380, 0)[:256], 0)  # its last two blocks were the first to go
+    assert_restored(store, tokens(380, 0), 380)
+    longer = tokens(500, 6, tokens(330, 1))
+    put(store, longer, first=330)  # goes on from a block on disk
+    assert_restored(store, longer, 0)
+
+
+def test_bfloat16_comes_back_from_the_disk_bit_by_bit(tmp_path):
+    store = PrefixStore("target", 1, Spill(tmp_path, 1 << 20, BLOCK_BYTES // 2))
+    aux_T3H, last_TH = torch.randn(100, 3 * H).bfloat16(), torch.randn(100, H).bfloat16()
+    store.put(tokens(100, 0), 0, aux_T3H, last_TH)
+    found = store.restore(tokens(100, 0))
+    assert store.counts.stored_bytes == 0
+    assert torch.equal(found.aux_T3H, aux_T3H)
+    assert torch.equal(found.last_TH, last_TH)
+
+
+@pytest.fixture
+def full_disk():
+    """Files of this process may not grow past ten blocks, until the test says so."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10 * BLOCK_BYTES, hard))
+    yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_costs_the_blocks_that_it_does_not_take_and_is_said_once(tmp_path, full_disk, caplog):
+    store = PrefixStore("target", BLOCK_BYTES + 4 * BLOCK, Spill(tmp_path, 1 << 20, BLOCK_BYTES))
+    put(store, tokens(20 * BLOCK, 0))
+    assert store.counts.spilled_bytes == 10 * BLOCK_BYTES
+    assert store.counts.unspilled_blocks == store.counts.evicted_blocks == 9
+    assert len(caplog.records) == 1
+    assert "cannot be spilled" in caplog.text
+    full_disk()
+    put(store, tokens(5 * BLOCK, 1))
+    assert store.counts.unspilled_blocks == 9
+    assert_restored(store, tokens(5 * BLOCK, 1), 0)
+
+
+def test_a_block_that_the_disk_does_not_give_back_is_a_hole(tmp_path):
+    spill = Spill(tmp_path, 1 << 20, BLOCK_BYTES)
+    store = PrefixStore("target", BLOCK_BYTES + 4 * BLOCK, spill)
+    put(store, tokens(4 * BLOCK, 0))
+    os.ftruncate(spill._file.fileno(), 2 * BLOCK_BYTES)  # of three: the ends of what is used went out first
+    assert_restored(store, tokens(4 * BLOCK, 0), 2 * BLOCK)
+    assert store.counts.unspilled_blocks == 1
+    put(store, tokens(4 * BLOCK, 0))
+    assert_restored(store, tokens(4 * BLOCK, 0), 0)
+
+
+@pytest.mark.parametrize("spilled_bytes", [0, 30_000])
+def test_any_traffic_with_any_cache_is_restored_bit_by_bit_or_left_out(tmp_path, spilled_bytes):
+    spill = Spill(tmp_path, spilled_bytes, BLOCK_BYTES) if spilled_bytes else None
+    rng, store = random.Random(0), PrefixStore("target", 40_000, spill)
     known = [tokens(300, 0)]
     put(store, known[0])
     for seed in range(1, 400):
@@ -111,6 +178,7 @@ def test_any_traffic_with_any_cache_is_restored_bit_by_bit_or_left_out():
         known.append(sequence)
     counts = store.counts
     assert 0 < counts.stored_bytes <= 40_000
+    assert (0 < counts.spilled_bytes <= spilled_bytes) if spill else not counts.spilled_bytes
     assert counts.evicted_blocks > 0
     assert 50 < counts.whole_prefixes < counts.prefixes == 399
 

@@ -1,0 +1,93 @@
+"""Captured states that memory has no room for, on disk.
+
+They are in one file without a name: nobody else can open it, and the kernel takes it back when the process ends, however
+it ends. It is cut into slots of one size. Shapes: N positions of a block, H hidden.
+"""
+
+import errno
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+class States(NamedTuple):
+    """Of some positions one after another."""
+
+    aux_N3H: Tensor
+    last_NH: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.aux_N3H.nbytes + self.last_NH.nbytes
+
+
+class Slot(NamedTuple):
+    """Where states lie in the file, and what they are."""
+
+    offset: int  # bytes
+    positions: int
+    hidden_size: int
+    dtype: torch.dtype
+
+
+class Spill:
+    """A file of at most ``capacity_bytes`` in ``folder``, for states of at most ``slot_bytes`` each.
+
+    Raises:
+        OSError: no file can be made in the folder.
+    """
+
+    def __init__(self, folder: Path, capacity_bytes: int, slot_bytes: int) -> None:
+        self._file = tempfile.TemporaryFile(buffering=0, dir=folder)  # mode 0600, for as long as it has a name
+        self.slot_bytes, self._most_bytes = slot_bytes, capacity_bytes // slot_bytes * slot_bytes
+        self._free: list[int] = []  # offsets of slots that were in use
+        self._end = 0  # offset of the next slot that never was
+        self._takes = True
+
+    def has_room(self) -> bool:
+        return bool(self._free) or self._end < self._most_bytes
+
+    def write(self, states: States) -> Slot | None:
+        """None where the disk takes no more: logged once until it does again."""
+        offset = self._free.pop() if self._free else self._end
+        try:
+            pieces = [t.contiguous().view(torch.uint8).numpy() for t in states]
+            if os.pwritev(self._file.fileno(), pieces, offset) < states.nbytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            if offset < self._end:
+                self._free.append(offset)
+            if self._takes:
+                logger.warning(
+                    "draft training: prefixes cannot be spilled (%s); they are forgotten until they can", error.strerror
+                )
+            self._takes = False
+            return None
+        self._end, self._takes = max(self._end, offset + self.slot_bytes), True
+        return Slot(offset, len(states.last_NH), states.last_NH.shape[1], states.last_NH.dtype)
+
+    def read(self, slot: Slot) -> States | None:
+        """None where the disk does not give them back."""
+        widths = 3 * slot.hidden_size, slot.hidden_size
+        content = bytearray(slot.positions * sum(widths) * slot.dtype.itemsize)
+        try:
+            if os.preadv(self._file.fileno(), [content], slot.offset) < len(content):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+        except OSError as error:
+            logger.warning("draft training: a spilled prefix cannot be read back (%s); it is forgotten", error.strerror)
+            return None
+        numbers = torch.frombuffer(content, dtype=slot.dtype).split([slot.positions * width for width in widths])
+        return States(*(part.view(slot.positions, width) for part, width in zip(numbers, widths, strict=True)))
+
+    def free(self, slot: Slot) -> None:
+        self._free.append(slot.offset)
+
+    def close(self) -> None:
+        self._file.close()
