@@ -3,8 +3,9 @@
     python benchmarks/faults.py [--minutes 20] [--json FILE]
 
 One real server under a steady load of streams; a reader as a trainer has it (``trainer/inbox.py``, with a prefix store
-that spills to disk), but that learns nothing, so that it takes no cores. Calm windows alternate with windows in which one thing is wrong. Also shown: memory
-of the server's processes at the beginning and the end, and memory files that they hold.
+that spills to disk), but that learns nothing, so that it takes no cores. Calm windows alternate with windows in which
+one thing is wrong. Also shown: memory of the server's processes at the beginning and the end, and memory files that
+they hold.
 """
 
 import asyncio

@@ -1,11 +1,12 @@
-"""Training on multi-turn chats with the server's prefix cache on: with the prefix store, and without it (the peer)::
+"""Training on multi-turn chats with the server's prefix cache on: with a prefix store, and without it (the peer)::
 
     python benchmarks/prefix_store.py [--target DIR] [--quick] [--json FILE]
 
 Chats of six turns with one system prompt of 512 tokens go to a real server, several at a time. Its stream is put
-together into samples twice, by the trainer's own code: with a store, and without. Counted are the generated tokens in
-samples that reach back to position 0, so that the draft learns them from all of their context. Then the last turn of
-some chats is computed afresh, past the cache, and its states are compared with those from the store.
+together into samples three times, by the trainer's own code: with a store, with one that has little memory and spills
+to disk, and without. Counted are the generated tokens in samples that reach back to position 0, so that the draft
+learns them from all of their context. Then the last turn of some chats is computed afresh, past the cache, and its
+states are compared with those from the store.
 """
 
 import random
@@ -26,7 +27,7 @@ import zmq
 from measuring import TINY_TARGET, save_record, start_capturing
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from sglang_specforge.client import run_of, wait_until_captured
 from sglang_specforge.contracts.control import TokenLedger
@@ -34,10 +35,12 @@ from sglang_specforge.contracts.frames import decode
 from sglang_specforge.settings import Run
 from sglang_specforge.traffic import stream_prompts
 from trainer.assemble import Assembler
-from trainer.prefix_store import PrefixStore
+from trainer.prefix_store import BLOCK, PrefixStore
 from trainer.sample import Sample
+from trainer.spill import Spill
 
 SYSTEM_TOKENS, TURNS, ANSWER_TOKENS, CONCURRENCY = 512, 6, 32, 6
+LITTLE_BYTES = 8 << 20
 
 
 @dataclass
@@ -104,7 +107,10 @@ def serve(target: Path, folder: Path, chats: int, compared: int) -> tuple[list[I
         run = run_of(server.url)
         socket.bind(run.spans_endpoint)
         wait_until_captured(server.url)
-        ingests = [Ingest(PrefixStore(run.target_fingerprint, size)) for size in (1 << 30, 0)]
+        hidden_size = AutoConfig.from_pretrained(target).hidden_size
+        spill = Spill(folder, 1 << 30, BLOCK * 4 * hidden_size * getattr(torch, run.served_dtype).itemsize)
+        stores = [(1 << 30, None), (LITTLE_BYTES, spill), (0, None)]
+        ingests = [Ingest(PrefixStore(run.target_fingerprint, *store)) for store in stores]
         with ThreadPoolExecutor(CONCURRENCY) as pool:
             work = [pool.submit(chat, run, server.url, system, q) for q in questions]
             listen(socket, ingests, work)
@@ -155,15 +161,16 @@ def main(
         ingests, turns, compared = serve(target, Path(folder), 12 if quick else 200, 6 if quick else 20)
     records = []
     table = Table(title=f"{len(turns)} turns; generated tokens learnt from all of their context")
-    for column in ("", "full context", "positions restored", "missing", "ingest, CPU us a sample", "store, MiB"):
+    columns = "", "full context", "positions restored", "missing", "ingest, CPU us a sample", "memory, MiB", "disk, MiB"
+    for column in columns:
         table.add_column(column)
-    for name, ingest in zip(("with the store", "without"), ingests, strict=True):
+    for name, ingest in zip(("with the store", "spilled to disk", "without"), ingests, strict=True):
         share, counts, cost_s = full_context(ingest, turns), ingest.store.counts, ingest.seconds / len(turns)
         records.append({"name": name, "full_context": share, "ingest_cpu_s_per_sample": cost_s})
         records[-1] |= {"restored_tokens": counts.restored_tokens, "missing_tokens": counts.missing_tokens}
         table.add_row(
             name, f"{share:.2%}", f"{counts.restored_tokens:,}", f"{counts.missing_tokens:,}", f"{1e6 * cost_s:.0f}",
-            f"{counts.stored_bytes / 2**20:.0f}",
+            f"{counts.stored_bytes / 2**20:.0f}", f"{counts.spilled_bytes / 2**20:.0f}",
         )  # fmt: skip
     Console(width=120).print(table)
     Console(width=120).print(
@@ -172,7 +179,10 @@ def main(
         f"{compared['system_rows_equal_bit_by_bit']:.1%} equal bit by bit"
     )
     if json_file:
-        ratio = {"full context": records[0]["full_context"], "full context without": records[1]["full_context"]}
+        ratio = {"full context": records[0]["full_context"], "full context without": records[-1]["full_context"]}
+        ratio["ingest with the spill / without it"] = (
+            records[1]["ingest_cpu_s_per_sample"] / records[0]["ingest_cpu_s_per_sample"]
+        )
         save_record(json_file, " ".join(sys.argv), ratio, [*records, compared])
 
 

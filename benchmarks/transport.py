@@ -2,10 +2,10 @@
 
     python benchmarks/transport.py [--quick] [--json FILE]
 
-Four ways: shared memory, ZMQ frames, and TCP under CURVE as between machines (here over the loopback), all as the
-exporter and the trainer use them (``export/link.py``, ``trainer/inbox.py``), and pickled pyzmq as one would write it. A
-state has crossed when it lies in memory of the reader's own, so shared memory is two copies, in two processes at a
-time. One thread each.
+Five ways: shared memory, ZMQ frames and, as between machines (here over the loopback), TCP under CURVE and pulled by
+the Mooncake transfer engine, all as the exporter and the trainer use them (``export/link.py``, ``trainer/inbox.py``),
+and pickled pyzmq as one would write it. A state has crossed when it lies in memory of the reader's own, so shared
+memory is two copies, in two processes at a time. One thread each; the engine has its own.
 """
 
 import multiprocessing
@@ -30,10 +30,17 @@ from sglang_specforge.contracts.spans import Captured, Span, TensorLayout
 from sglang_specforge.curve import Door, Identity
 from sglang_specforge.export.link import Link
 from sglang_specforge.export.ring import HostRing
+from sglang_specforge.pull import Puller
 from sglang_specforge.reader import Way
+from sglang_specforge.shared_memory import SegmentRefused
 from trainer.inbox import Inbox
 
-WAYS = {"shared memory": "shared_memory", "zmq frames": "zmq", "tcp, curve": "tcp", "pickled pyzmq": "pickled pyzmq"}
+PULLED, ENGINE = "tcp, pulled", "tcp://127.0.0.1"
+FAR = ("tcp, curve", PULLED)
+WAYS = {
+    "shared memory": "shared_memory", "zmq frames": "zmq", "tcp, curve": "tcp", PULLED: "mooncake",
+    "pickled pyzmq": "pickled pyzmq",
+}  # fmt: skip
 HIDDEN, TOKENS = (1024, 4096, 7168), (1, 8, 64, 512, 8192)
 RING_BYTES, LARGE = 256 << 20, 1 << 20
 LEAST_BYTES, LEAST_MESSAGES, MOST_MESSAGES = 1 << 30, 8, 2000
@@ -77,9 +84,9 @@ def read(way: str, endpoint: str, nbytes: int, orders: Connection, own: Identity
             found = socket.recv_pyobj()
             sink.add(None, {name: torch.from_numpy(found[name]) for name in ("aux", "last", "tokens")})
     else:
-        door = Door(own, peer) if way == "tcp, curve" else None
+        door, puller = Door(own, peer) if way in FAR else None, Puller(ENGINE) if way == PULLED else None
         endpoint = "tcp://127.0.0.1:*" if door else endpoint
-        inbox = Inbox(endpoint, sink, TokenLedger(), None, max_frame_bytes=1 << 40, door=door)
+        inbox = Inbox(endpoint, sink, TokenLedger(), None, max_frame_bytes=1 << 40, door=door, puller=puller)
         endpoint = inbox.endpoint
 
         def receive() -> None:
@@ -119,9 +126,9 @@ class Sender:
             self._socket = zmq.Context.instance().socket(zmq.PUSH)
             self._socket.connect(endpoint)
         else:
-            is_far = endpoint.startswith("tcp")
-            self._link = Link("ipc:///nobody" if is_far else endpoint, ring)
-            if is_far:
+            puller = Puller(ENGINE) if way == PULLED else None
+            self._link = Link("ipc:///nobody" if way in FAR else endpoint, ring, puller)
+            if way in FAR:
                 self._link.turn_to(Way(endpoint, peer, own))
             while not self._link.is_read():
                 time.sleep(0.01)
@@ -202,19 +209,29 @@ def measure(way: str, hidden: int, tokens: int, rounds: int) -> Measured:
     return Measured(way, hidden, tokens, states.nbytes, statistics.median(found[1:]), ratio)
 
 
+def can_pull() -> bool:
+    try:
+        Puller(ENGINE)
+    except SegmentRefused as error:
+        print(f"left out: {error}")
+        return False
+    return True
+
+
 def main(
     quick: Annotated[bool, typer.Option(help="One hidden size, three spans, one round each.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
 ) -> None:
     torch.set_num_threads(1)
+    ways = [way for way in WAYS if way != PULLED or can_pull()]
     hidden_sizes, spans, rounds = ((1024,), (1, 64, 512), 1) if quick else (HIDDEN, TOKENS, 3)
     table = Table(title="GB/s, and as a share of memcpy in the same run (median)")
-    for column in ("hidden size", "tokens of a span", "MB", *WAYS):
+    for column in ("hidden size", "tokens of a span", "MB", *ways):
         table.add_column(column, justify="right")
     measured = []
     for hidden in hidden_sizes:
         for tokens in spans:
-            row = [measure(way, hidden, tokens, rounds) for way in WAYS]
+            row = [measure(way, hidden, tokens, rounds) for way in ways]
             measured += row
             shown = [f"{m.gb_s:.2f} ({m.of_memcpy:.2f})" for m in row]
             table.add_row(str(hidden), str(tokens), f"{row[0].bytes / 1e6:.3f}", *shown)
@@ -223,7 +240,7 @@ def main(
         f"{way}, lowest share of memcpy for spans of 1 MB and more": min(
             m.of_memcpy for m in measured if m.way == way and m.bytes >= LARGE
         )
-        for way in WAYS
+        for way in ways
     }
     for name, value in ratios.items():
         print(f"{name}: {value:.2f}")

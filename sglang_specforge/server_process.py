@@ -25,7 +25,7 @@ class ServerProcess:
     """``python -m sglang.launch_server`` in a process group of its own, logging to a file."""
 
     def __init__(self, log: Path, arguments: Sequence[Any], *, device: str = "cpu", tp: int = 1, dp: int = 1) -> None:
-        port, environment = _free_port(), {}
+        port, environment = free_port(), {}
         if device == "cpu":
             environment = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
             if tp * dp > 1:
@@ -113,7 +113,7 @@ class ServerProcess:
         return True
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with contextlib.closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

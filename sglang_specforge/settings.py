@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from sglang_specforge.contracts.spans import Travel
+from sglang_specforge.engine_address import EngineAddress
 from sglang_specforge.manifest import Mode
 from sglang_specforge.training_settings import Job, TrainingSettings, split
 
@@ -79,8 +81,8 @@ class OnlineSettings(TrainingSettings):
                 tempfile.TemporaryFile(dir=self.prefix_spill_dir).close()
         except OSError as error:
             raise SettingsError(
-                f"draft training setting 'prefix_spill_dir' = {str(self.prefix_spill_dir)!r}: no file can be made there "
-                f"({error.strerror}); give a folder that exists and can be written to"
+                f"draft training setting 'prefix_spill_dir' = {str(self.prefix_spill_dir)!r}: no file can be made "
+                f"there ({error.strerror}); give a folder that exists and can be written to"
             ) from error
 
 
@@ -118,6 +120,17 @@ class DraftTrainingSettings(OnlineSettings):
         description="Most MiB a second to capture, on each exporting rank; above it, fewer requests are captured.",
         json_schema_extra={"flag": "draft-capture-max-mb-s"},
     )
+    capture_dtype: Travel = Field(
+        "served",
+        description="How states go to the trainer: as the target is served, or in fewer bytes. float8 has a scale for "
+        "each token.",
+        json_schema_extra={"flag": "draft-capture-dtype"},
+    )
+    pull: EngineAddress | None = Field(
+        None,
+        description="Where a Mooncake transfer engine lets trainers on other machines pull states from: "
+        "rdma://HOST/DEVICE (or tcp://HOST), HOST this machine's address. Not encrypted: for trusted networks.",
+    )
     draft_vocab_size: int = Field(32_000, ge=8, description="Largest draft vocabulary of a draft created here.")
     bank_slots: int = Field(
         3,
@@ -144,7 +157,13 @@ class Run(Job):
     draft_version: int = Field(0, description="Number of the version at draft_path, where it is one of the run folder.")
     spans_endpoint: str = Field(description="ZMQ endpoint that the trainer binds for captured spans.")
     control_endpoint: str = Field(description="ZMQ endpoint that the server binds for the trainer's messages.")
+    disaggregation: Literal["null", "prefill", "decode"] = Field("null", description="SGLang's --disaggregation-mode.")
     salt: str = Field(default_factory=lambda: secrets.token_hex(16), description="Of request ids in the stream.")
+
+    @property
+    def travel_dtype(self) -> str:
+        """Of states on their way, as ``contracts.spans.TensorLayout`` names it."""
+        return self.served_dtype if self.settings.capture_dtype == "served" else self.settings.capture_dtype
 
     def alias(self, rid: str) -> str:
         """What a request is called in the stream: ids are often made of what a user should keep."""

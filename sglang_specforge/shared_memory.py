@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from sglang_specforge.contracts.spans import SegmentAddress
+from sglang_specforge.sockets import is_alive
 
 _NAME = "specforge"
-_HEADER_BYTES = 4096
-_READER, _READ, _RECLAIMED = range(3)  # counters
+HEADER_BYTES = 4096
+READER, READ, RECLAIMED = range(3)  # counters
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
 _SEAL_SEAL, _SEAL_SHRINK, _SEAL_GROW = 1, 2, 4
 
@@ -30,7 +31,7 @@ class SegmentRefused(RuntimeError):
 
 class _Counters:
     def __init__(self, memory: mmap.mmap) -> None:
-        self._counter_C = np.frombuffer(memory, np.int64, count=_HEADER_BYTES // 8)
+        self._counter_C = np.frombuffer(memory, np.int64, count=HEADER_BYTES // 8)
 
     def __getitem__(self, counter: int) -> int:
         return int(self._counter_C[counter])
@@ -40,7 +41,7 @@ class _Counters:
 
 
 class SharedSegment:
-    """The exporter's end. ``ring`` is a uint8 tensor of ``nbytes``.
+    """The exporter's end. ``ring`` is a uint8 tensor of ``nbytes``, ``memory`` one that begins with the counters.
 
     Args:
         pinned: lock the pages for copies from the current CUDA device.
@@ -50,7 +51,7 @@ class SharedSegment:
     """
 
     def __init__(self, nbytes: int, pinned: bool) -> None:
-        size = _HEADER_BYTES + nbytes
+        size = HEADER_BYTES + nbytes
         try:
             self._fd = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.posix_fallocate(self._fd, 0, size)  # now, or a write would find no memory and kill the process
@@ -59,7 +60,8 @@ class SharedSegment:
         except OSError as error:
             raise SegmentRefused(f"{size:,} bytes of shared memory cannot be had: {error.strerror}") from error
         self._counters = _Counters(memory)
-        self.ring = torch.frombuffer(memory, dtype=torch.uint8)[_HEADER_BYTES:]
+        self.memory = torch.frombuffer(memory, dtype=torch.uint8)
+        self.ring = self.memory[HEADER_BYTES:]
         if pinned:
             _pin(self.ring)
 
@@ -68,16 +70,16 @@ class SharedSegment:
 
     def is_read_by(self, reader: int) -> bool:
         """The reader with this number has opened the segment."""
-        return self._counters[_READER] == reader
+        return self._counters[READER] == reader
 
     @property
     def read(self) -> int:
         """The newest message that the reader is done with."""
-        return self._counters[_READ]
+        return self._counters[READ]
 
     def reclaim(self, message: int) -> None:
         """From here on the memory of this and of earlier messages may be overwritten."""
-        self._counters[_RECLAIMED] = message
+        self._counters[RECLAIMED] = message
 
 
 class OpenSegment:
@@ -88,7 +90,7 @@ class OpenSegment:
     """
 
     def __init__(self, address: SegmentAddress) -> None:
-        self.address = address
+        self._pid = address.pid
         path = Path(f"/proc/{address.pid}/fd/{address.fd}")
         try:
             # Whoever sends addresses could name any file of this user's: only a segment is opened, and never truncated.
@@ -98,20 +100,24 @@ class OpenSegment:
         except OSError as error:
             raise SegmentRefused(f"{path} cannot be opened: {error.strerror}") from error
         try:
-            if not fcntl.fcntl(fd, _F_GET_SEALS) & _SEAL_SHRINK or os.fstat(fd).st_size <= _HEADER_BYTES:
+            if not fcntl.fcntl(fd, _F_GET_SEALS) & _SEAL_SHRINK or os.fstat(fd).st_size <= HEADER_BYTES:
                 raise SegmentRefused(f"{path} is not sealed")
             memory = mmap.mmap(fd, 0)
         finally:
             os.close(fd)
-        self._counters, self.ring = _Counters(memory), memoryview(memory)[_HEADER_BYTES:]
-        self._counters[_READER] = address.reader
+        self._counters, self.ring = _Counters(memory), memoryview(memory)[HEADER_BYTES:]
+        self._counters[READER] = address.reader
 
     def is_intact(self, message: int) -> bool:
         """The message's memory has not been given to another; asked after reading."""
-        return self._counters[_RECLAIMED] < message
+        return self._counters[RECLAIMED] < message
+
+    def is_gone(self) -> bool:
+        """Its exporter has ended."""
+        return not is_alive(self._pid)
 
     def done_with(self, message: int) -> None:
-        self._counters[_READ] = max(message, self._counters[_READ])
+        self._counters[READ] = max(message, self._counters[READ])
 
 
 def _pin(memory: torch.Tensor) -> None:

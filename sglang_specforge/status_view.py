@@ -92,8 +92,9 @@ def _number(value: float | None) -> str:
 
 
 def _prefixes(counts: dict[str, int]) -> str:
+    failed = counts["unspilled_blocks"]
     return (
-        f"{counts['whole_prefixes']:,} of {counts['prefixes']:,} completed, {counts['missing_tokens']:,} tokens missing, "
-        f"{counts['stored_bytes'] >> 20:,} MiB kept, {counts['spilled_bytes'] >> 20:,} MiB on disk"
-        + (f", {counts['unspilled_blocks']:,} blocks that the disk did not take" if counts["unspilled_blocks"] else "")
+        f"{counts['whole_prefixes']:,} of {counts['prefixes']:,} completed, {counts['missing_tokens']:,} tokens "
+        f"missing, {counts['stored_bytes'] >> 20:,} MiB kept, {counts['spilled_bytes'] >> 20:,} MiB on disk"
+        + (f", {failed:,} blocks that it did not take" if failed else "")
     )

@@ -58,6 +58,7 @@ class Swaps:
     """Of one server."""
 
     def __init__(self, run: Run, engine: Engine) -> None:
+        self.only_prefills = run.disaggregation == "prefill"
         self.versions, self.audit = VersionFolder(run.run_dir), AuditLog(run.run_dir)
         self.uploads = Uploads(run.run_dir)
         self.holder: str | None = None  # whoever decides alone which version is active

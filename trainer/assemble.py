@@ -1,6 +1,7 @@
 """Spans into samples: one request's positions in order, repeats resolved, everything left out counted.
 
-What the server had cached of a request is put back from the prefix store, and what comes is kept there.
+What the server had cached of a request is put back from the prefix store, and what comes is kept there. So are the
+prompts that a prefill server computed; the decode server's samples are completed by them.
 
 A retracted request sends positions again: the newest wins. Positions beyond the request's end were computed
 but are no part of it. A hole (spans dropped on the server) ends a sample.
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sglang_specforge.contracts.coding import unpack
 from sglang_specforge.contracts.control import TokenLedger
 from sglang_specforge.contracts.spans import Captured, Finished, Message, Span
 from trainer.prefix_store import PrefixStore
@@ -52,7 +54,12 @@ class _Open:
 
 
 class Assembler:
-    """Holds open requests; hands out samples as requests finish."""
+    """Holds open requests; hands out samples as requests finish.
+
+    Args:
+        dtype: of the samples' states (None: as they come).
+        prompts_only: the server computes nothing else, and another the answers: its requests are kept as prefixes.
+    """
 
     def __init__(
         self,
@@ -61,7 +68,10 @@ class Assembler:
         prefixes: PrefixStore | None = None,
         max_open_tokens: int = 1 << 20,
         abandoned_after_s: float = 600.0,
+        dtype: torch.dtype | None = None,
+        prompts_only: bool = False,
     ) -> None:
+        self._dtype, self._prompts_only = dtype, prompts_only
         self._ledger, self._max_tokens, self._abandoned_after_s = ledger, max_sample_tokens, abandoned_after_s
         self._max_open_tokens = max_open_tokens
         self._prefixes = prefixes or PrefixStore("", 0)
@@ -80,7 +90,7 @@ class Assembler:
             return self._finish(message)
         # Copied: a row that stays must not keep the whole pass, of every request, in memory.
         copies = [
-            {name: tensor[span.row : span.row + span.length].clone() for name, tensor in tensors.items()}
+            {name: self._copy(name, tensor[span.row : span.row + span.length]) for name, tensor in tensors.items()}
             for span in message.spans
         ]
         if are_intact():
@@ -94,6 +104,9 @@ class Assembler:
         limit_s = time.monotonic() - self._abandoned_after_s
         for key in [key for key, request in self._open.items() if request.touched_s < limit_s]:
             self._ledger.drop("abandoned", self._close(key).tokens)
+
+    def _copy(self, name: str, rows: Tensor) -> Tensor:
+        return rows.clone() if name == "tokens_N" else unpack(rows, self._dtype)
 
     def _add_spans(self, message: Captured, copies: list[dict[str, Tensor]]) -> None:
         for span, rows in zip(message.spans, copies, strict=True):
@@ -119,6 +132,9 @@ class Assembler:
             return []
         if message.cut_short:
             self._ledger.drop("cut_short", request.tokens)
+            return []
+        if self._prompts_only:
+            self._ledger.drop("kept_as_prefix", request.tokens)
             return []
         sample = self._assemble(message.rid, request, message.total_tokens)
         return [sample] if sample else []
@@ -176,10 +192,11 @@ class Assembler:
             draft_version=versions.pop() if len(versions) == 1 else None,
             proposals=[(s.start, s.proposed) for s, _, _ in pieces if s.proposed >= 0 and s.start < start + kept],
         )
-        return sample if request.head_T is None else self._complete(sample, request.head_T[:start])
+        return sample if request.head_T is None else self._complete(sample, request)
 
-    def _complete(self, sample: Sample, prefix_T: Tensor) -> Sample:
+    def _complete(self, sample: Sample, request: _Open) -> Sample:
         """The sample with the states of its prefix, as far as they are known and fit; its own are kept for others."""
+        prefix_T = request.head_T[: sample.start]
         whole_T = torch.cat([prefix_T, sample.tokens_T])
         found = self._prefixes.restore(prefix_T) if len(prefix_T) else None
         self._prefixes.put(whole_T, sample.start, sample.aux_T3H, sample.last_TH)
@@ -188,13 +205,15 @@ class Assembler:
             return sample
         start = max(found.start, sample.start - room)
         rows, restored = slice(start - found.start, None), sample.start - start
+        # Only a prompt of which nothing was computed here ends in a row whose next token is the answer's.
+        restored_is_generated = torch.arange(start, sample.start) + 1 >= request.prompt_tokens
         return replace(
             sample,
             start=start,
             tokens_T=whole_T[start:],
             aux_T3H=torch.cat([found.aux_T3H[rows], sample.aux_T3H]),
             last_TH=torch.cat([found.last_TH[rows], sample.last_TH]),
-            generated_T=F.pad(sample.generated_T, (restored, 0)),
+            generated_T=torch.cat([restored_is_generated, sample.generated_T]),
             rejected_T=F.pad(sample.rejected_T, (restored, 0), value=-1),
             restored=restored,
         )

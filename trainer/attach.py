@@ -15,7 +15,9 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from sglang_specforge.client import Unanswered, request, run_of
 from sglang_specforge.curve import Endpoint
+from sglang_specforge.engine_address import EngineAddress
 from sglang_specforge.new_draft import import_draft
+from sglang_specforge.pull import Puller
 from sglang_specforge.settings import OnlineSettings, Run
 from sglang_specforge.sockets import EndpointTaken
 from sglang_specforge.target import fingerprint_target, resolve_target
@@ -50,6 +52,11 @@ class AttachSettings(OnlineSettings):
         description="tcp://HOST:PORT, for servers on other machines; HOST is this one's IPv4 address. The first server "
         "has PORT and PORT+1, the next the two ports after that. Encrypted.",
     )
+    pull: EngineAddress | None = Field(
+        None,
+        description="With listen: pull states from servers that have --draft-training-pull, as rdma://HOST/DEVICE (or "
+        "tcp://HOST), HOST this machine's address. Not encrypted.",
+    )
     target: str | None = Field(
         None, description="Local folder or hub name of the target, where it is not where the first server has it."
     )
@@ -61,6 +68,8 @@ class AttachSettings(OnlineSettings):
 
     @model_validator(mode="after")
     def _check_ports(self) -> "AttachSettings":
+        if self.pull and not self.listen:
+            raise ValueError(f"pull = {self.pull} is for servers on other machines; give listen as well")
         if self.listen and self.address(len(self.servers))[1] > 65536:
             raise ValueError(f"{self.listen} leaves no two ports for each of {len(self.servers)} servers")
         return self
@@ -193,6 +202,7 @@ def attach(settings: AttachSettings, api_key: str | None) -> tuple[Job, Attached
     Raises:
         Unanswered: none of them answers.
         CannotAttach: one that answers cannot be trained on with this job.
+        SegmentRefused: there is no transfer engine to pull with.
     """
     watches = _watches(settings, api_key) if dist.get_rank() == 0 else []
     versions = VersionFolder(settings.run_dir.absolute())
@@ -222,8 +232,10 @@ def is_here(run: Run) -> bool:
 def _watches(settings: AttachSettings, api_key: str | None) -> list[Watch]:
     versions = VersionFolder(settings.run_dir.absolute())
 
+    puller = Puller(settings.pull) if settings.pull else None
+
     def make_far(index: int, url: str, peer: str) -> Far:
-        return Far(url, api_key, *settings.address(index), peer, versions)
+        return Far(url, api_key, *settings.address(index), peer, versions, puller)
 
     return [
         Watch(url, api_key, partial(make_far, index, url) if settings.listen else None)

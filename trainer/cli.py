@@ -15,6 +15,7 @@ from sglang_specforge.client import Unanswered
 from sglang_specforge.new_draft import RECIPES, coverage, import_draft, init_draft
 from sglang_specforge.settings import OnlineSettings, Run, Settings, SettingsError, load_settings
 from sglang_specforge.settings_flags import add_settings_flags, given_settings
+from sglang_specforge.shared_memory import SegmentRefused
 from sglang_specforge.sockets import EndpointTaken
 from sglang_specforge.target import TargetError, fingerprint_target, load_target_config, resolve_target
 from sglang_specforge.training_settings import Job
@@ -32,7 +33,7 @@ from trainer.trackers import MissingTracker, Trackers
 
 _REFUSALS = (
     SettingsError, DatasetError, TargetError, CheckpointError, ResumeError, MissingTracker, EndpointTaken, Unanswered,
-    CannotAttach,
+    CannotAttach, SegmentRefused,
 )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from sglang_specforge.checkpoint import noted_content
 from sglang_specforge.client import COPY_LIMIT_S, Unanswered, authorization, refusal, request, upload_checkpoint
 from sglang_specforge.contracts.control import VersionReady
 from sglang_specforge.curve import Door, Identity
+from sglang_specforge.pull import Puller
 from sglang_specforge.reader import Reader
 from sglang_specforge.settings import Run
 from sglang_specforge.sockets import EndpointTaken
@@ -30,9 +31,20 @@ class Far:
         port: the first of two that are listened at, for states and for what the trainer tells.
         peer: the server's public key.
         versions: the trainer's own.
+        puller: pulls states out of its memory, where it offers that.
     """
 
-    def __init__(self, url: str, api_key: str | None, host: str, port: int, peer: str, versions: VersionFolder) -> None:
+    def __init__(
+        self,
+        url: str,
+        api_key: str | None,
+        host: str,
+        port: int,
+        peer: str,
+        versions: VersionFolder,
+        puller: Puller | None = None,
+    ) -> None:
+        self.puller = puller
         self.spans_endpoint, self.control_endpoint = f"tcp://{host}:{port}", f"tcp://{host}:{port + 1}"
         self.is_leased = False
         self.paths: dict[int, Path] = {}  # of the server's versions, those that are here as well

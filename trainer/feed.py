@@ -4,6 +4,7 @@ import logging
 from collections import deque
 from collections.abc import Iterable
 
+import torch
 import zmq
 
 from sglang_specforge.client import Unanswered
@@ -53,17 +54,23 @@ class Feed:
         self.ledger.drop("trainer_restarted", self.ledger.buffered)
         self._parity = ParityCheck(run, target, position.parity, stream.version_path)
         self._assembler = Assembler(
-            self.ledger, settings.max_sample_tokens, prefixes, max_open_tokens=settings.replay_tokens
+            self.ledger,
+            settings.max_sample_tokens,
+            prefixes,
+            max_open_tokens=settings.replay_tokens,
+            dtype=getattr(torch, run.served_dtype),
+            prompts_only=run.disaggregation == "prefill",
         )
         vocab_size, hidden_size = target.embed_VH.shape
-        expected = Expected(hidden_size, vocab_size, run.served_dtype)
+        expected = Expected(hidden_size, vocab_size, run.travel_dtype)
         max_frame_bytes = max(run.settings.ring_mb, _LEAST_FRAME_MB) << 20
         self._far, self._door = stream.far, stream.far and stream.far.open_door()
         endpoint = self._far.spans_endpoint if self._far else run.spans_endpoint
         self._is_heard = True
         self._unsaid: deque[control.VersionReady] = deque()  # of versions that are on the server's machine
         try:
-            self.inbox = Inbox(endpoint, self._assembler, self.ledger, expected, max_frame_bytes, self._door)
+            puller = self._far and self._far.puller
+            self.inbox = Inbox(endpoint, self._assembler, self.ledger, expected, max_frame_bytes, self._door, puller)
             self._outbox = stream.open_outbox(self._door)
             if self._far:
                 self._far.lease()

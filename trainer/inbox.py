@@ -7,11 +7,12 @@ from functools import partial
 import zmq
 
 from sglang_specforge.contracts.control import TokenLedger
-from sglang_specforge.contracts.frames import FRAMES, Expected, WireError, decode
-from sglang_specforge.contracts.spans import Captured, Message, SegmentAddress
+from sglang_specforge.contracts.frames import FRAMES, Expected, Ring, WireError, decode
+from sglang_specforge.contracts.spans import Captured, Message, RemoteSegment, SegmentAddress
 from sglang_specforge.curve import Door
+from sglang_specforge.pull import PulledSegment, Puller
 from sglang_specforge.shared_memory import OpenSegment, SegmentRefused
-from sglang_specforge.sockets import is_alive, lock_endpoint
+from sglang_specforge.sockets import lock_endpoint
 from trainer.assemble import Assembler
 from trainer.sample import Sample
 
@@ -30,6 +31,7 @@ class Inbox:
         expected: the target whose states are taken (None: any); anything else is counted as malformed.
         max_frame_bytes: the longest frame that is read at all; a peer that sends a longer one is disconnected.
         door: whom to let in, for an endpoint that other machines reach.
+        puller: pulls states from them where they offer it.
 
     Raises:
         EndpointTaken: another process has bound it.
@@ -43,13 +45,14 @@ class Inbox:
         expected: Expected | None = None,
         max_frame_bytes: int = 1 << 30,
         door: Door | None = None,
+        puller: Puller | None = None,
     ) -> None:
         self.malformed = 0
         self._assembler, self._ledger, self._expected = assembler, ledger, expected
-        self._offers: dict[str, SegmentAddress] = {}  # by stream, the last one
-        self._segments: dict[str, OpenSegment] = {}
+        self._offers: dict[str, SegmentAddress | RemoteSegment] = {}  # by stream, the last one
+        self._segments: dict[str, OpenSegment | PulledSegment] = {}
         self._unshared = False
-        self._is_far = door is not None
+        self._is_far, self._puller, self._max_bytes = door is not None, puller, max_frame_bytes
         self._lock = None if door else lock_endpoint(endpoint)
         self._context = door.context if door else zmq.Context()
         self._socket = self._context.socket(zmq.PULL)
@@ -101,26 +104,31 @@ class Inbox:
         segment.done_with(number)
         return samples
 
-    def _ring_of(self, stream: str) -> memoryview | None:
+    def _ring_of(self, stream: str) -> Ring | None:
         segment = self._segments.get(stream)
         return segment and segment.ring
 
     def _open(self, message: Captured) -> None:
         """The exporter's memory, where it can be opened; states are in it from then on."""
-        stream, offered = message.stream, message.offered
-        if offered is None or self._is_far or self._offers.get(stream) == offered:
+        stream, offered = message.stream, message.pullable if self._is_far else message.offered
+        if offered is None or self._offers.get(stream) == offered or (self._is_far and self._puller is None):
             return
         self._offers[stream] = offered
         try:
-            self._segments[stream] = OpenSegment(offered)
+            self._segments[stream] = self._pull(offered) if self._is_far else OpenSegment(offered)
         except SegmentRefused as error:
             if not self._unshared:
-                logger.warning("draft training: states come through sockets, not through shared memory: %s", error)
+                logger.warning("draft training: states come through sockets, not out of the server's memory: %s", error)
             self._unshared = True
+
+    def _pull(self, remote: RemoteSegment) -> PulledSegment:
+        if remote.nbytes > self._max_bytes:
+            raise SegmentRefused(f"a ring of {remote.nbytes:,} bytes, where at most {self._max_bytes:,} are expected")
+        return self._puller.open(remote)
 
     def _let_go(self) -> None:
         """Of memory whose exporter is gone; all that it sent has been read."""
-        for stream in [s for s, segment in self._segments.items() if not is_alive(segment.address.pid)]:
+        for stream in [s for s, segment in self._segments.items() if segment.is_gone()]:
             del self._segments[stream]
 
     def _receive_frames(self) -> list[memoryview]:

@@ -3,9 +3,9 @@
 A sequence is cut into blocks of 64 tokens, each keyed by a hash of its tokens and of the key before it, so a key stands
 for a block and all that lies before it, and the first of them for the target. A block that ends a sequence may be
 shorter; it gives way to a longer one that begins with it. What a cached prefix ends in is found among the blocks that
-begin with its tokens, whatever length the server cached. Blocks are shared by all sequences that begin alike. When their
-bytes exceed the budget, the least recently used leave memory, for the disk where there is a spill; there they stay until
-it is full too, and are read from it when they are wanted. Shapes: T tokens of a sequence, H hidden.
+begin with its tokens, whatever length the server cached. Blocks are shared by all sequences that begin alike. When
+their bytes exceed the budget, the least recently used leave memory, for the disk where there is a spill; there they
+stay until it is full too, and are read from it when they are wanted. Shapes: T tokens of a sequence, H hidden.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """Captured states that memory has no room for, on disk.
 
-They are in one file without a name: nobody else can open it, and the kernel takes it back when the process ends, however
-it ends. It is cut into slots of one size. Shapes: N positions of a block, H hidden.
+They are in one file without a name: nobody else can open it, and the kernel takes it back when the process ends,
+however it ends. It is cut into slots of one size. Shapes: N positions of a block, H hidden.
 """
 
 import errno
@@ -45,7 +45,9 @@ class Spill:
     """
 
     def __init__(self, folder: Path, capacity_bytes: int, slot_bytes: int) -> None:
-        self._file = tempfile.TemporaryFile(buffering=0, dir=folder)  # mode 0600, for as long as it has a name
+        fd, name = tempfile.mkstemp(dir=folder)  # mode 0600
+        os.unlink(name)
+        self._file = os.fdopen(fd, "r+b", buffering=0)
         self.slot_bytes, self._most_bytes = slot_bytes, capacity_bytes // slot_bytes * slot_bytes
         self._free: list[int] = []  # offsets of slots that were in use
         self._end = 0  # offset of the next slot that never was

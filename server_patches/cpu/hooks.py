@@ -1,4 +1,4 @@
-"""Where SGLang 0.5.23 assumes that a CPU has AMX, that CUDA wheels mean a GPU, or that CPUs have no EP.
+"""Where SGLang 0.5.23 assumes that a CPU has AMX, that CUDA wheels mean a GPU, or that CPUs have no EP and no PD.
 
 Shapes: T tokens, H hidden, K experts a token, P pairs of a token and an expert of this rank.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def register_hooks() -> None:
-    """Make the ``intel_amx`` backend, TP and EP run on the portable kernels."""
+    """Make the ``intel_amx`` backend, TP, EP and PD disaggregation run on the portable kernels."""
     # Set on the one module that chooses the attention backend: everywhere else AMX stays absent.
     overrides.get_platform = _PlatformWithAMXKernels.of(overrides.get_platform)
     HookRegistry.register(
@@ -20,6 +20,9 @@ def register_hooks() -> None:
     )
     HookRegistry.register(
         "sglang.srt.layers.moe.fused_moe_native.moe_forward_native", _run_local_experts, HookType.AROUND
+    )
+    HookRegistry.register(
+        "sglang.srt.disaggregation.common.conn.CommonKVSender.__init__", _send_indices_at_once, HookType.AFTER
     )
 
 
@@ -42,6 +45,11 @@ class _PlatformWithAMXKernels:
 def _no_nccl(*args: Any, **kwargs: Any) -> None:
     # PyNcclCommunicator takes this for "a non-GPU environment" and leaves the collectives to gloo.
     raise RuntimeError("NCCL needs a GPU")
+
+
+def _send_indices_at_once(result: None, sender: Any, *args: Any, **kwargs: Any) -> None:
+    # Otherwise it waits for a CUDA event before it sends them.
+    sender.supports_host_tensor_indices = False
 
 
 def _run_local_experts(original: Any, layer: Any, x_TH: Tensor, topk_output: Any, *args: Any, **kwargs: Any) -> Tensor:

@@ -38,7 +38,8 @@ def is_installed() -> bool:
 
 
 def install_kernels() -> None:
-    """Register the module ``sgl_kernel`` and the two ``torch.ops.sgl_kernel`` attention operators. Idempotent."""
+    """Register the module ``sgl_kernel`` and the two ``torch.ops.sgl_kernel`` attention operators, and have nothing
+    pinned. Idempotent."""
     if is_installed():
         return
     # SGLang compiles a helper of its speculation: on a CPU that costs half a minute, needs a C++ compiler and gains
@@ -46,6 +47,9 @@ def install_kernels() -> None:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     import torch
 
+    from server_patches.cpu.unpinned import ask_for_no_pinned_memory
+
+    ask_for_no_pinned_memory()
     kernels = portable_kernels()
     module = types.ModuleType("sgl_kernel", __doc__)
     module.__spec__ = importlib.machinery.ModuleSpec("sgl_kernel", None, is_package=True)

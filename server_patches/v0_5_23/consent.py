@@ -1,4 +1,7 @@
-"""What a request says of draft training: in its body's ``custom_params``, or in HTTP headers, which become such."""
+"""What a request says of draft training: in its body's ``custom_params``, or in HTTP headers, which become such.
+
+A request of a LoRA adapter that is not labelled is labelled with it.
+"""
 
 from typing import Any
 
@@ -13,13 +16,17 @@ def take_headers(manager: Any, obj: Any, request: Any = None, *args: Any, **kwar
     Raises:
         ValueError: the header says neither true nor false; SGLang answers 400.
     """
-    if request is None or not (said := _said(request.headers)):
+    said = _said(request.headers) if request is not None else {}
+    adapter, sampling = getattr(obj, "lora_path", None), getattr(obj, "sampling_params", None) or {}
+    if not said and not adapter:
         return
-    sampling = getattr(obj, "sampling_params", None) or {}
+    if isinstance(adapter, list) and isinstance(sampling, dict):
+        sampling = [sampling] * len(adapter)
     if isinstance(sampling, list):
-        obj.sampling_params = [_with(one, said) for one in sampling]
+        adapters = adapter if isinstance(adapter, list) else [adapter] * len(sampling)
+        obj.sampling_params = [_with(one, said, name) for one, name in zip(sampling, adapters, strict=False)]
     elif isinstance(sampling, dict):
-        obj.sampling_params = _with(sampling, said)
+        obj.sampling_params = _with(sampling, said, adapter)
 
 
 def asked(req: Any) -> dict[str, Any]:
@@ -38,8 +45,9 @@ def _said(headers: Any) -> dict[str, Any]:
     return said
 
 
-def _with(sampling: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
+def _with(sampling: dict[str, Any], said: dict[str, Any], adapter: str | None) -> dict[str, Any]:
     """A no in the body stands, whatever the header says."""
     own = sampling.get("custom_params") or {}
     refused = {OPT_KEY: False} if own.get(OPT_KEY) is False else {}
-    return {**sampling, "custom_params": {**own, **said, **refused}}
+    label = {SLICE_KEY: f"adapter:{adapter}"} if adapter else {}
+    return {**sampling, "custom_params": {**label, **own, **said, **refused}}

@@ -57,7 +57,7 @@ def _start_run(args: argparse.Namespace, settings: DraftTrainingSettings) -> Non
     from server_patches import v0_5_23
 
     v0_5_23.check()
-    _refuse_contradictions(args)
+    _refuse_contradictions(args, settings)
     folder = resolve_target(args.model_path).absolute()
     target = load_target_config(folder)
     dtype = _served_dtype(target, args.dtype)
@@ -78,6 +78,7 @@ def _start_run(args: argparse.Namespace, settings: DraftTrainingSettings) -> Non
         speculation=_speculation(args),
         spans_endpoint=f"ipc://{sockets}/spans",
         control_endpoint=f"ipc://{sockets}/control",
+        disaggregation=_disaggregation(args),
     ).export()
     v0_5_23.register_launcher_hooks()
     HookRegistry.apply_hooks()
@@ -108,7 +109,7 @@ def _served_dtype(target: PretrainedConfig, asked: str) -> str:
     return served
 
 
-def _refuse_contradictions(args: argparse.Namespace) -> None:
+def _refuse_contradictions(args: argparse.Namespace, settings: DraftTrainingSettings) -> None:
     algorithm = args.speculative_algorithm
     if algorithm not in (None, "EAGLE3"):
         raise SettingsError(f"--enable-draft-training trains EAGLE3 drafts, not --speculative-algorithm {algorithm}")
@@ -124,6 +125,15 @@ def _refuse_contradictions(args: argparse.Namespace) -> None:
         raise SettingsError("--enable-draft-training runs on one node without pipeline parallelism; use --tp-size")
     if (getattr(args, "tokenizer_worker_num", 1) or 1) > 1:
         raise SettingsError("--enable-draft-training needs --tokenizer-worker-num 1")
+    if _disaggregation(args) != "null" and settings.trainer == "spawn":
+        raise SettingsError(
+            f"--disaggregation-mode {args.disaggregation_mode}: one server computes prompts, another answers, and a "
+            "trainer needs both; give --draft-training-trainer none, and both to python -m trainer attach"
+        )
+
+
+def _disaggregation(args: argparse.Namespace) -> str:
+    return getattr(args, "disaggregation_mode", None) or "null"
 
 
 def _speculation(args: Any) -> Speculation:

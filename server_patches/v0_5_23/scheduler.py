@@ -19,11 +19,14 @@ from sglang.srt.runtime_context import get_parallel
 from server_patches.v0_5_23 import outputs
 from server_patches.v0_5_23.consent import OPT_KEY, SLICE_KEY, asked
 from server_patches.v0_5_23.draft_weights import LiveDraft
+from sglang_specforge.contracts import coding
+from sglang_specforge.contracts.spans import Travel
 from sglang_specforge.draft_bank import DraftBank
 from sglang_specforge.export.admission import Admission, Admitted
 from sglang_specforge.export.entry import HostCopier, Prefilled, Verified
 from sglang_specforge.export.exporter import Exporter
 from sglang_specforge.export.ring import HostRing
+from sglang_specforge.pull import Puller
 from sglang_specforge.settings import Run
 
 _LONGEST_SLICE = 64  # characters
@@ -35,6 +38,7 @@ class DraftTraining:
     """What draft training keeps in this scheduler process."""
 
     bank: DraftBank
+    travel: Travel
     exporter: Exporter | None  # on one rank of each attention-TP group
     copier: HostCopier | None
 
@@ -60,11 +64,13 @@ def attach(result: None, worker: Any, *args: Any, **kwargs: Any) -> None:
         ring = HostRing(settings.ring_mb << 20, pinned=device.type == "cuda")
         max_bytes_s = settings.capture_max_mb_s and settings.capture_max_mb_s * (1 << 20)
         describe = partial(_Served, run=run)
-        exporter = Exporter(run.spans_endpoint, ring, Admission(ring, describe, settings.capture_sample, max_bytes_s))
+        admission = Admission(ring, describe, settings.capture_sample, max_bytes_s)
+        puller = Puller(settings.pull) if settings.pull else None
+        exporter = Exporter(run.spans_endpoint, ring, admission, puller)
         copier = HostCopier(ring, device)
         exporter.start()
     bank = DraftBank(LiveDraft(worker.draft_worker), run)
-    _this = DraftTraining(bank, exporter, copier)
+    _this = DraftTraining(bank, run.settings.capture_dtype, exporter, copier)
 
 
 def around_prefill(original: Any, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -214,10 +220,11 @@ def _pick(batch: Any, nbytes: list[int]) -> list[tuple[int, Admitted]]:
 
 
 def _row_bytes(states: dict[str, torch.Tensor]) -> int:
-    return sum(state.shape[-1] * state.element_size() for state in states.values())
+    return sum(coding.row_bytes(state, _this.travel) for state in states.values())
 
 
 def _capture(requests: list[Any], states: dict[str, torch.Tensor], tokens_N: torch.Tensor, **facts: Any) -> None:
+    states = {name: coding.pack(state, _this.travel) for name, state in states.items()}
     _this.exporter.capture(_this.copier.copy(requests, _this.bank.active_version, states, tokens_N, **facts))
 
 
@@ -228,12 +235,13 @@ def _prefilled(req: Any, start: int, length: int) -> Prefilled:
 class _Served:
     """``export.admission.ServedRequest`` of SGLang's ``Req``."""
 
-    __slots__ = ("_req", "alias", "cached_tokens", "is_counted", "prompt_tokens", "refusal", "rid", "slice")
+    __slots__ = ("_req", "alias", "cached_tokens", "is_counted", "prompt", "prompt_tokens", "refusal", "rid", "slice")
 
     def __init__(self, req: Any, run: Run) -> None:
         said = asked(req)
         self.rid, self.alias, self._req = req.rid, run.alias(req.rid), req
         self.prompt_tokens, self.cached_tokens = len(req.origin_input_ids), req.cached_tokens
+        self.prompt = req.origin_input_ids if run.disaggregation == "decode" else ()
         label = str(said.get(SLICE_KEY, ""))
         self.slice = label[:_LONGEST_SLICE]
         self.is_counted, self.refusal = True, None

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from sglang_specforge.ab.comparison import Block, Judgement, Turn, judge
 from sglang_specforge.ab.plan import Plan
 from sglang_specforge.export.acceptance import Standing, add_up, summary
-from sglang_specforge.swaps import Swaps
+from sglang_specforge.swaps import SwapRefused, Swaps
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +82,10 @@ class Experiments:
 
         Raises:
             DraftHeld: another one is running.
-            UnknownVersion, SwapRefused: an arm cannot be served.
+            UnknownVersion, SwapRefused: an arm cannot be served; or this server verifies nothing.
         """
+        if self._swaps.only_prefills:
+            raise SwapRefused("a prefill server verifies nothing that could be compared; ask its decode server")
         incumbent = self._swaps.active
         versions = [incumbent if arm == "active" else self._swaps.known(arm) for arm in plan.arms]
         id = self._next_id()

@@ -4,21 +4,27 @@ Tensors share the memory that they came in, so reading a message allocates no mo
 later decides about memory or indexes a table (rows, positions, tokens) has bounds here.
 """
 
+import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 
+from sglang_specforge.contracts.coding import SCALE_BYTES
 from sglang_specforge.contracts.spans import PROTOCOL, Captured, Message, Span
 
 FRAMES = 4  # of the longest message: the header and three tensors
 _MOST_POSITIONS = 1 << 27
 _LONGEST_ID = 512  # characters
 _ALIGNED_TO = 4  # bytes: of the widest states
-_STATES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32")}
+# Of states: what a row is made of, and how much more of it there is than states.
+_STATES = {
+    "bfloat16": (torch.bfloat16, 0), "float16": (torch.float16, 0), "float32": (torch.float32, 0),
+    "float8": (torch.uint8, SCALE_BYTES),
+}  # fmt: skip
 _TENSORS = ("aux_N3H", "last_NH", "tokens_N")
 
 
@@ -31,7 +37,15 @@ class Expected(NamedTuple):
 
     hidden_size: int
     vocab_size: int
-    dtype: str  # as torch names it
+    dtype: str  # as ``TensorLayout`` names it
+
+
+class Ring(Protocol):
+    """Memory that a message's states lie in."""
+
+    @property
+    def nbytes(self) -> int: ...
+    def __getitem__(self, part: slice) -> memoryview: ...
 
 
 _decoder = msgspec.msgpack.Decoder(Message)
@@ -40,9 +54,10 @@ _decoder = msgspec.msgpack.Decoder(Message)
 def decode(
     frames: Sequence[memoryview],
     expected: Expected | None = None,
-    ring_of: Callable[[str], memoryview | None] = lambda stream: None,
+    ring_of: Callable[[str], Ring | None] = lambda stream: None,
 ) -> tuple[Message, dict[str, Tensor]]:
-    """Header and tensors of a message; the tensors share the frames' memory, or that of the stream's ring.
+    """Header and tensors of a message (rows of states as ``coding.unpack`` takes them); the tensors share the frames'
+    memory, or that of the stream's ring.
 
     Raises:
         WireError: another protocol, a malformed header, frames that do not fit it, or another target's states.
@@ -64,6 +79,11 @@ def decode(
     if message.offered is not None:
         _check(0 < message.offered.reader <= 1 << 62, "number of a reader", message.offered.reader)
         _check(0 < message.offered.pid < 1 << 32, "process", message.offered.pid)
+    if (remote := message.pullable) is not None:
+        _check(len(remote.session) <= _LONGEST_ID, "characters in a session's name", len(remote.session))
+        _check(0 < remote.base < 1 << 63, "address of a segment", remote.base)
+        _check(0 < remote.nbytes < 1 << 48, "bytes of a segment", remote.nbytes)
+        _check(0 < remote.reader <= 1 << 62, "number of a reader", remote.reader)
     tensors = _tensors(message, frames[1:], expected, ring_of(message.stream))
     for span in message.spans:
         _check_span(span, tensors["tokens_N"], expected)
@@ -72,7 +92,7 @@ def decode(
 
 
 def _tensors(
-    message: Captured, frames: Sequence[memoryview], expected: Expected | None, ring: memoryview | None
+    message: Captured, frames: Sequence[memoryview], expected: Expected | None, ring: Ring | None
 ) -> dict[str, Tensor]:
     names = tuple(layout.name for layout in message.tensors)
     offsets = message.shared.offsets if message.shared else []
@@ -90,18 +110,19 @@ def _tensors(
         raise WireError(f"aux_N3H of shape {aux.shape} and tokens_N of {tokens.shape} beside last_NH of {last.shape}")
     if aux.dtype != last.dtype or last.dtype not in _STATES or tokens.dtype != "int64":
         raise WireError(f"dtypes {aux.dtype}, {last.dtype}, {tokens.dtype}; states are {', '.join(_STATES)}")
-    dtype = _STATES[last.dtype]
-    dtypes, sizes = (dtype, dtype, torch.int64), (3 * H * N * dtype.itemsize, H * N * dtype.itemsize, 8 * N)
+    dtype, more = _STATES[last.dtype]
+    dtypes, shapes = (dtype, dtype, torch.int64), ([N, 3 * H + more], [N, H + more], [N])
+    sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
     placed = [_part(ring, offset, nbytes) for offset, nbytes in zip(offsets, sizes, strict=False)]
-    tensors = {}
-    for layout, part, dtype, nbytes in zip(message.tensors, [*placed, *frames], dtypes, sizes, strict=True):
+    parts, tensors = [*placed, *frames], {}
+    for layout, part, dtype, shape, nbytes in zip(message.tensors, parts, dtypes, shapes, sizes, strict=True):
         if part.nbytes != nbytes:
             raise WireError(f"tensor frames do not fit the header: {part.nbytes} bytes for {layout}")
-        tensors[layout.name] = torch.frombuffer(part, dtype=dtype).view(layout.shape)
+        tensors[layout.name] = torch.frombuffer(part, dtype=dtype).view(shape)
     return tensors
 
 
-def _part(ring: memoryview | None, offset: int, nbytes: int) -> memoryview:
+def _part(ring: Ring | None, offset: int, nbytes: int) -> memoryview:
     if ring is None:
         raise WireError("states in memory that is not shared with this process")
     if not 0 <= offset <= ring.nbytes - nbytes or offset % _ALIGNED_TO:

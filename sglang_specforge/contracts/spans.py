@@ -2,7 +2,7 @@
 
 Frame 0 is a msgpack header; the frames after it are the raw bytes of ``Captured.tensors`` in their order. A reader on
 the same host may open the exporter's memory (``Captured.offered``); then the states stay there (``Captured.shared``),
-and only what has no place in it is a frame.
+and only what has no place in it is a frame. So may one on another machine that can pull (``Captured.pullable``).
 Rows of all tensors correspond: N rows, some of which belong to no span (drafts that were not accepted).
 Shapes: N rows, H hidden.
 """
@@ -11,7 +11,9 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL = 5
+PROTOCOL = 6
+
+Travel = Literal["served", "bfloat16", "float8"]  # how states go: as the target is served, or in fewer bytes
 
 
 class Span(msgspec.Struct, array_like=True, frozen=True):
@@ -25,14 +27,14 @@ class Span(msgspec.Struct, array_like=True, frozen=True):
     cached_tokens: int  # positions below came from the prefix cache when the request was first prefilled
     proposed: int = -1  # token that the draft proposed for position start + 1; -1 for prefill
     rejected: int = -1  # token that the draft proposed for the position after the span, and the target did not take
-    prefix: bytes = b""  # with a request's first span: the int32 tokens below ``start``, which the server had cached
+    prefix: bytes = b""  # with a request's first span: the int32 tokens below ``start``, not computed by this server
     slice: str = ""  # the request's label: what sampling weights and evaluation tell apart
 
 
 class TensorLayout(msgspec.Struct, array_like=True, frozen=True):
     name: Literal["aux_N3H", "last_NH", "tokens_N"]
-    dtype: str  # as torch names it, "bfloat16"
-    shape: list[int]
+    dtype: str  # as torch names it, "bfloat16"; "float8": rows as ``coding.pack`` makes them
+    shape: list[int]  # of the states, [N, width]
 
 
 class SegmentAddress(msgspec.Struct, array_like=True, frozen=True):
@@ -41,6 +43,15 @@ class SegmentAddress(msgspec.Struct, array_like=True, frozen=True):
     pid: int
     fd: int
     reader: int  # another one for each connection
+
+
+class RemoteSegment(msgspec.Struct, array_like=True, frozen=True):
+    """Where a reader on another machine pulls an exporter's memory from (``pull.py``)."""
+
+    session: str  # of the exporter's transfer engine
+    base: int  # address in its process
+    nbytes: int  # of the ring
+    reader: int = 0  # as in ``SegmentAddress``
 
 
 class Shared(msgspec.Struct, array_like=True, frozen=True):
@@ -59,6 +70,7 @@ class Captured(msgspec.Struct, tag="captured", frozen=True):
     spans: list[Span]
     tensors: list[TensorLayout]
     offered: SegmentAddress | None = None
+    pullable: RemoteSegment | None = None
     shared: Shared | None = None
     protocol: int = PROTOCOL
 

@@ -32,6 +32,7 @@ class ServedRequest(Protocol):
     alias: str  # what it is called in the stream
     prompt_tokens: int
     cached_tokens: int
+    prompt: Sequence[int]  # its tokens, where another server prefills it; else nothing
     slice: str  # its label
     refusal: str | None  # why it is never captured
     is_counted: bool  # False for a health check

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sglang_specforge.contracts.coding import SCALE_BYTES
 from sglang_specforge.contracts.spans import Captured, Span, TensorLayout
 from sglang_specforge.export.admission import ServedRequest
 from sglang_specforge.export.ring import HostRing, Region
@@ -82,28 +83,41 @@ class Entry:
     def message(self, stream: str, sent_before: int, spans: list[Span]) -> tuple[Captured, list[Tensor]]:
         """Header and the tensors whose memory follows it."""
         tensors = [*self.states, ("tokens_N", self.tokens_N)]
-        layouts = [TensorLayout(n, str(t.dtype).removeprefix("torch."), list(t.shape)) for n, t in tensors]
+        layouts = [_layout(name, tensor) for name, tensor in tensors]
         return Captured(stream, sent_before, self.draft_version, spans, layouts), [t for _, t in tensors]
 
     def _prefill_spans(self) -> list[Span]:
         spans, row = [], 0
         for r, (start, length, cached) in zip(self.requests, self.prefilled, strict=True):
             if length:
-                prefix = np.asarray(cached, np.int32).tobytes()
                 spans.append(
-                    Span(r.alias, start, length, row, r.prompt_tokens, r.cached_tokens, prefix=prefix, slice=r.slice)
-                )
+                    Span(
+                        r.alias, start, length, row, r.prompt_tokens, r.cached_tokens, prefix=_tokens(cached),
+                        slice=r.slice,
+                    )
+                )  # fmt: skip
             row += length
         return spans
 
     def _verify_spans(self) -> list[Span]:
-        R = self.verified.rows_per_request
-        return [
-            Span(r.alias, start, length, b * R, r.prompt_tokens, r.cached_tokens, proposed, refused, slice=r.slice)
-            for b, (r, (start, length, proposed, refused)) in enumerate(
-                zip(self.requests, self.verified.facts(), strict=True)
+        spans, R = [], self.verified.rows_per_request
+        for b, (r, (start, length, *drafts)) in enumerate(zip(self.requests, self.verified.facts(), strict=True)):
+            prefix = _tokens(r.prompt if start == r.prompt_tokens else ())
+            spans.append(
+                Span(r.alias, start, length, b * R, r.prompt_tokens, r.cached_tokens, *drafts, prefix, slice=r.slice)
             )
-        ]
+        return spans
+
+
+def _layout(name: str, tensor: Tensor) -> TensorLayout:
+    if tensor.dtype == torch.uint8:
+        rows, width = tensor.shape
+        return TensorLayout(name, "float8", [rows, width - SCALE_BYTES])
+    return TensorLayout(name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape))
+
+
+def _tokens(ids: Sequence[int]) -> bytes:
+    return np.asarray(ids, np.int32).tobytes()
 
 
 class HostCopier:

@@ -23,6 +23,7 @@ from sglang_specforge.export.admission import Admission
 from sglang_specforge.export.entry import Entry
 from sglang_specforge.export.link import Link
 from sglang_specforge.export.ring import HostRing
+from sglang_specforge.pull import Puller
 from sglang_specforge.reader import load_way
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ _POLL_S = 0.02
 class Exporter:
     """Owns the ring, the link to the reader and the counters of one exporting rank."""
 
-    def __init__(self, endpoint: str, ring: HostRing, admission: Admission) -> None:
+    def __init__(self, endpoint: str, ring: HostRing, admission: Admission, puller: Puller | None = None) -> None:
         self.ring, self.admission = ring, admission
         self.stream = uuid.uuid4().hex
         self.failure: str | None = None
@@ -48,7 +49,7 @@ class Exporter:
         self._looked_for_ends_s = 0.0
         self._stopping = threading.Event()
         self._endpoint, self._turned_to = endpoint, 0
-        self._link = Link(endpoint, ring)
+        self._link = Link(endpoint, ring, puller)
         self._thread = threading.Thread(target=self._run, name="specforge-exporter", daemon=True)
 
     def start(self) -> None:

@@ -1,8 +1,9 @@
 """The exporter thread's end of the stream: whoever reads it, through shared memory where both can, else through ZMQ.
 
 A reader on this machine listens at the run's own endpoint, one on another machine where it said. States lie in the
-ring. A reader that has opened the ring's segment is told where, and tells when it is done; any other gets them as
-frames, whose memory ZMQ gives back. A region is the ring's again when its reader is done or gone.
+ring. A reader that has opened the ring's segment (or, on another machine, pulls from it: ``pull.py``) is told where,
+and tells when it is done; any other gets them as frames, whose memory ZMQ gives back. A region is the ring's again when
+its reader is done or gone.
 """
 
 import secrets
@@ -18,6 +19,7 @@ from zmq.utils.monitor import recv_monitor_message
 from sglang_specforge import curve
 from sglang_specforge.contracts.spans import Captured, Message, Shared, encode_header
 from sglang_specforge.export.ring import HostRing, Region
+from sglang_specforge.pull import Puller
 from sglang_specforge.reader import Way
 
 
@@ -30,8 +32,10 @@ class _InFlight(NamedTuple):
 class Link:
     """Used by one thread. Sends nothing while nobody reads, and never waits."""
 
-    def __init__(self, endpoint: str, ring: HostRing) -> None:
+    def __init__(self, endpoint: str, ring: HostRing, puller: Puller | None = None) -> None:
         self._endpoint, self._ring, self._segment = endpoint, ring, ring.segment
+        self._puller = puller  # its engine ends with it
+        self._pullable = puller.offer(ring.segment) if puller and ring.segment else None
         self._context = zmq.Context()
         self._in_flight: deque[_InFlight] = deque()
         self._message = 0  # the last one in shared memory
@@ -71,10 +75,10 @@ class Link:
             self._ring.release(self._in_flight.popleft().region)
 
     def status(self) -> dict[str, Any]:
-        if (way := self._way) is not None:
+        if (way := self._way) is not None and not self._is_shared():
             return {"transport": "tcp", "why_not_shared": f"its reader listens at {way.endpoint}"}
         return {
-            "transport": "shared_memory" if self._is_shared() else "zmq",
+            "transport": ("mooncake" if way else "shared_memory") if self._is_shared() else "zmq",
             "why_not_shared": self._ring.unshared or None,
         }
 
@@ -101,7 +105,8 @@ class Link:
         self._socket.close()
 
     def _is_shared(self) -> bool:
-        return self._way is None and self._segment is not None and self._segment.is_read_by(self._reader)
+        can_be = self._segment is not None and (self._way is None or self._pullable is not None)
+        return can_be and self._segment.is_read_by(self._reader)
 
     def _is_done(self, sent: _InFlight) -> bool:
         return sent.message <= self._segment.read if sent.message else sent.tracker.done
@@ -133,7 +138,10 @@ class Link:
         return _InFlight(region, None, self._message)
 
     def _send_frames(self, message: Captured, tensors: list[torch.Tensor], region: Region) -> _InFlight | None:
-        if self._segment is not None and self._way is None:
+        if self._way is not None and self._pullable is not None:
+            remote = msgspec.structs.replace(self._pullable, reader=self._reader)
+            message = msgspec.structs.replace(message, pullable=remote)
+        elif self._way is None and self._segment is not None:
             message = msgspec.structs.replace(message, offered=self._segment.address(self._reader))
         frames = [encode_header(message), *map(_memory, tensors)]
         try:

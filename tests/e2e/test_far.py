@@ -41,11 +41,11 @@ def trainer(server, folder):
     trainer.end()
 
 
-def far_trainer(server, folder):
+def far_trainer(server, folder, *more):
     target = folder / "target"
     if not target.exists():
         shutil.copytree(TARGET, target)
-    flags = ("--listen", f"tcp://127.0.0.1:{free_port()}", "--target", target)
+    flags = ("--listen", f"tcp://127.0.0.1:{free_port()}", "--target", target, *more)
     return AttachedTrainer([server], folder / "run", ("-c", ELSEWHERE), flags)
 
 

@@ -44,6 +44,22 @@ def test_without_a_header_nothing_is_touched():
     take_headers(None, SimpleNamespace())  # not by HTTP
 
 
+@pytest.mark.parametrize(
+    ("headers", "own", "label"),
+    [({}, {}, "adapter:a"), ({}, {SLICE_KEY: "code"}, "code"), ({"x-draft-slice": "code"}, {}, "code")],
+)
+def test_an_adapter_is_the_label_of_what_has_no_other(headers, own, label):
+    obj = SimpleNamespace(sampling_params={"custom_params": own}, lora_path="a")
+    take_headers(None, obj, SimpleNamespace(headers=headers))
+    assert obj.sampling_params["custom_params"] == {SLICE_KEY: label}
+
+
+def test_each_request_of_a_batch_is_labelled_with_its_own_adapter():
+    obj = SimpleNamespace(sampling_params={"temperature": 0}, lora_path=["a", None])
+    take_headers(None, obj)
+    assert [one["custom_params"] for one in obj.sampling_params] == [{SLICE_KEY: "adapter:a"}, {}]
+
+
 def test_any_other_answer_is_refused_by_name():
     with pytest.raises(ValueError, match="'perhaps' is not accepted; give true or false"):
         sampling_after({"x-draft-training": "perhaps"}, {})

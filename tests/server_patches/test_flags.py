@@ -93,6 +93,7 @@ def test_the_flag_makes_a_draft_and_sets_speculation(target, tmp_path):
             ["--enable-draft-training", "--draft-training-prefix-spill-dir", "/dev/null"],
             "'prefix_spill_dir' = '/dev/nul",
         ),
+        (["--enable-draft-training", "--dtype", "float32", "--disaggregation-mode", "decode"], "trainer none"),
         # The target is float32, which SGLang serves as float16 where no type is asked for.
         (["--enable-draft-training"], "not float16; give --dtype bfloat16"),
     ],

@@ -18,7 +18,7 @@ H = 4
 
 
 class Request:
-    refusal, is_counted = None, True
+    refusal, is_counted, prompt = None, True, ()
 
     def __init__(self, rid, prompt_tokens, cached_tokens=0, slice=""):
         self.rid = self.alias = rid
@@ -105,6 +105,16 @@ def test_the_tokens_of_a_cached_prefix_go_with_the_first_span():
     entry = replace(entry, requests=requests, prefilled=prefilled)
     prefixed = spans.Span("a", 2, 3, 0, 5, 2, prefix=bytes([7, 0, 0, 0, 8, 0, 0, 0]))
     assert entry.spans() == [prefixed, spans.Span("b", 0, 2, 3, 2, 0)]
+
+
+def test_the_tokens_of_a_prompt_that_another_server_prefills_go_with_the_first_verification():
+    copier, requests = HostCopier(HostRing(1 << 16, False), torch.device("cpu")), [Request("a", 2), Request("b", 2)]
+    for request in requests:
+        request.prompt = [7, 8]
+    facts = torch.tensor([[2, 1, 4, 5], [3, 2, 4, 5]])
+    verified = Verified(2, True, facts, picked=[0, 1], counted=[0, 1], slices=[""] * 2)
+    entry = copier.copy(requests, 0, states(4), torch.arange(4), verified=verified)
+    assert [span.prefix for span in entry.spans()] == [bytes([7, 0, 0, 0, 8, 0, 0, 0]), b""]
 
 
 FACTS = torch.tensor([[10, 2, 4, 7, 5, 3], [15, 1, 0, 0, 0, 0], [20, 4, 4, 8, 5, 3], [30, 1, 4, 9, 6, 3]])

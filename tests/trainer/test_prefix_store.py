@@ -228,6 +228,28 @@ def test_context_that_does_not_fit_is_left_out_before_what_was_captured():
     assert torch.equal(sample.last_TH, states_of(second)[1][60:])
 
 
+def test_a_prompt_that_another_server_computed_is_joined_to_its_answer():
+    prefixes, ledgers = PrefixStore("target", 1 << 20), (TokenLedger(), TokenLedger())
+    prefill, decode = Assembler(ledgers[0], 500, prefixes, prompts_only=True), Assembler(ledgers[1], 500, prefixes)
+    sequence = tokens(150, 1)
+    aux_T3H, last_TH = states_of(sequence)
+
+    def send(assembler, start, end, **more):
+        rows = {"aux_N3H": aux_T3H[start:end], "last_NH": last_TH[start:end], "tokens_N": sequence[start:end]}
+        assembler.add(Captured("s", 0, 0, [Span("a", start, end - start, 0, 100, 0, **more)], []), rows)
+
+    send(prefill, 0, 100)
+    send(decode, 100, 150, proposed=1, prefix=sequence[:100].to(torch.int32).numpy().tobytes())
+    assert prefill.add(Finished("s", 0, "a", 101, False), {}) == []
+    assert ledgers[0].dropped == {"kept_as_prefix": 100}
+    [sample] = decode.add(Finished("s", 0, "a", 151, False), {})
+    assert (sample.start, sample.restored, sample.captured) == (0, 100, 50)
+    assert torch.equal(sample.tokens_T, sequence)
+    assert torch.equal(sample.aux_T3H, aux_T3H)
+    assert sample.generated_T.nonzero().flatten().tolist() == list(range(99, 150))  # its first row is the prompt's last
+    assert ledgers[1].dropped == {}
+
+
 def test_what_is_not_known_is_counted_and_the_sample_is_trained_on_from_where_it_is():
     prefixes = PrefixStore("target", 1 << 20)
     *_, [sample] = serve(Assembler(TokenLedger(), 500, prefixes), "a", tokens(150, 1), 100, 130)

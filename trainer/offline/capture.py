@@ -65,7 +65,8 @@ class Capture:
         self._writer, self._concurrency = writer, concurrency
         ledger = TokenLedger()
         self._alias = run.alias
-        self._inbox = Inbox(run.spans_endpoint, Assembler(ledger, _LONGEST), ledger, expected)
+        assembler = Assembler(ledger, _LONGEST, dtype=getattr(torch, run.served_dtype))
+        self._inbox = Inbox(run.spans_endpoint, assembler, ledger, expected)
         self._client = httpx.Client(base_url=url, headers=authorization(api_key), timeout=_TIMEOUT_S, trust_env=False)
         self._under_way: dict[str, _Sent] = {}  # by the request's alias
         self._again: list[_Sent] = []

@@ -40,6 +40,8 @@ def capture(
     """
     try:
         run, sequences = run_of(url, api_key), PreparedFile(data)
+        if run.disaggregation != "null":
+            fail(f"{url} is a {run.disaggregation} server, which computes half of a sequence; give one that does both")
         target = load_target_config(Path(run.target_path))
         manifest = Manifest(
             target_fingerprint=run.target_fingerprint,
@@ -52,7 +54,7 @@ def capture(
             show_estimate(sequences, manifest, out)
             return
         writer = DatasetWriter(out, manifest, shard_mb << 20)
-        expected = Expected(target.hidden_size, target.vocab_size, manifest.served_dtype)
+        expected = Expected(target.hidden_size, target.vocab_size, run.travel_dtype)
         report = _run(Capture(url, api_key, run, expected, writer, concurrency), sequences)
     except (PreparedError, DatasetError, TargetError, EndpointTaken, NotCaptured, Unanswered) as error:
         fail(str(error))

@@ -14,10 +14,10 @@ import torch
 import xxhash
 from torch import Tensor
 
+from sglang_specforge.contracts.coding import FLOAT8, from_float8, to_float8
+
 Stored = Literal["bfloat16", "float32", "float8"]
 _FORMAT = 2
-_FP8 = torch.float8_e4m3fn
-_FP8_MAX = torch.finfo(_FP8).max
 
 INDEX = pa.schema(
     [
@@ -77,8 +77,7 @@ def encode(
     rows = {"tokens": tokens_T.to(torch.int32), "generated": generated_T.to(torch.uint8)}
     for name, states in (("aux", aux_T3H), ("last", last_TH)):
         if manifest.stored == "float8":
-            scale_T = (states.float().abs().amax(-1) / _FP8_MAX).clamp(min=torch.finfo(torch.float32).tiny)
-            rows[name], rows[f"{name}_scale"] = (states.float() / scale_T[:, None]).to(_FP8), scale_T
+            rows[name], rows[f"{name}_scale"] = to_float8(states)
         else:
             rows[name] = states.to(getattr(torch, manifest.stored))
     return {name: rows[name].contiguous() for name in sorted(rows)}
@@ -90,7 +89,7 @@ def decode(manifest: Manifest, rows: dict[str, Tensor]) -> dict[str, Tensor]:
     states = {}
     for name, key in (("aux", "aux_T3H"), ("last", "last_TH")):
         coded = rows[name]
-        states[key] = (coded.float() * rows[f"{name}_scale"][:, None]).to(served) if coded.dtype == _FP8 else coded
+        states[key] = from_float8(coded, rows[f"{name}_scale"]).to(served) if coded.dtype == FLOAT8 else coded
     return {"tokens_T": rows["tokens"].long(), "generated_T": rows["generated"].bool(), **states}
 
 
