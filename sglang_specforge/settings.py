@@ -145,6 +145,12 @@ class DraftTrainingSettings(OnlineSettings):
         json_schema_extra={"flag": "draft-gate"},
     )
 
+    @model_validator(mode="after")
+    def _check_pull(self) -> "DraftTrainingSettings":
+        if self.pull and self.trainer == "spawn":
+            raise ValueError(f"pull = {self.pull} is for trainers on other machines; give trainer none as well")
+        return self
+
     def with_absolute_folders(self) -> "DraftTrainingSettings":
         spill = self.prefix_spill_dir and self.prefix_spill_dir.absolute()
         return self.model_copy(update={"run_dir": self.run_dir.absolute(), "prefix_spill_dir": spill})

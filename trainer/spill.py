@@ -57,7 +57,9 @@ class Spill:
         return bool(self._free) or self._end < self._most_bytes
 
     def write(self, states: States) -> Slot | None:
-        """None where the disk takes no more: logged once until it does again."""
+        """None where the disk takes no more: logged once until it does again. Raises ValueError: larger than a slot."""
+        if states.nbytes > self.slot_bytes:
+            raise ValueError(f"states of {states.nbytes} bytes for a slot of {self.slot_bytes}")
         offset = self._free.pop() if self._free else self._end
         try:
             pieces = [t.contiguous().view(torch.uint8).numpy() for t in states]

@@ -76,7 +76,8 @@ class Link:
 
     def status(self) -> dict[str, Any]:
         if (way := self._way) is not None and not self._is_shared():
-            return {"transport": "tcp", "why_not_shared": f"its reader listens at {way.endpoint}"}
+            why = self._ring.unshared or f"its reader listens at {way.endpoint}"
+            return {"transport": "tcp", "why_not_shared": why}
         return {
             "transport": ("mooncake" if way else "shared_memory") if self._is_shared() else "zmq",
             "why_not_shared": self._ring.unshared or None,

@@ -26,6 +26,9 @@ def test_flags_win_over_the_file_and_the_file_over_defaults(tmp_path, name, text
         ({"trainer_device": "gpu1"}, "'trainer_device' = 'gpu1' is not accepted"),
         ({"trainer": "remote"}, "'trainer' = 'remote' is not accepted"),
         ({"batch_tokens": 2048, "replay_tokens": 100}, "replay_tokens = 100 holds no batch"),
+        ({"pull": "rdma://10.0.0.1"}, "is for trainers on other machines"),
+        ({"pull": "10.0.0.1", "trainer": "none"}, "'pull' = '10.0.0.1' is not accepted: .*rdma://HOST/DEVICE"),
+        ({"capture_dtype": "int4"}, "'capture_dtype' = 'int4' is not accepted"),
         ({"prefix_store_mb": 0, "prefix_spill_dir": "."}, "and prefix_store_mb = 0"),
     ],
 )
