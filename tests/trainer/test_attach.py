@@ -125,6 +125,8 @@ def test_a_server_that_sends_its_states_elsewhere_is_refused(run, job):
 def test_ports_that_do_not_suffice_for_the_servers_are_refused():
     with pytest.raises(ValueError, match="no two ports for each of 2 servers"):
         AttachSettings(servers=["http://a", "http://b"], listen="tcp://10.0.0.7:65533")
+    with pytest.raises(ValueError, match="give listen as well"):
+        AttachSettings(servers=["http://a"], pull="rdma://10.0.0.7/mlx5_0")
     assert AttachSettings(servers=["http://a", "http://b"], listen="tcp://10.0.0.7:65532").address(1)[1] == 65534
 
 
