@@ -72,6 +72,8 @@ class Trainer:
                 self._source.beat(passes is not None)
         if self._saved_step != self._learner.step:
             self._save()
+        else:
+            self._checkpoints.note(self._source.position())  # the account goes on between steps
         self._source.close()
 
     def _publish(self) -> None:

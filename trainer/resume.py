@@ -91,6 +91,16 @@ class Checkpoints:
                 shutil.rmtree(old, ignore_errors=True)
         dist.barrier()
 
+    def note(self, position: Position) -> None:
+        """In the newest checkpoint, since which nothing was learnt; without one it is not kept."""
+        if dist.get_rank() != 0 or not (saved := self._saved()):
+            return
+        file = saved[-1] / "progress.json"
+        progress = msgspec.json.decode(file.read_bytes(), type=Progress)
+        part = file.with_suffix(".part")
+        part.write_bytes(msgspec.json.encode(msgspec.structs.replace(progress, position=position)))
+        part.replace(file)
+
     def resume(self, learner: Learner) -> Progress | None:
         """Put the newest checkpoint into the learner.
 

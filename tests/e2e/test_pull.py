@@ -42,5 +42,6 @@ def test_states_are_pulled_by_whoever_can_and_sent_to_others(start, reference, t
         assert status["export"][0]["failure"] is None
         assert status["trainer"]["malformed_messages"] == 0
     assert pulled["tokens"]["dropped"].keys() <= {"past_finish", "duplicate"}
+    assert sent["tokens"]["dropped"].keys() <= {"past_finish", "duplicate", "trainer_restarted"}
     assert 0 < pulled["trainer"]["parity"]["compared"] == pulled["trainer"]["parity"]["agreed"]
     assert sent["tokens"]["captured"] > pulled["tokens"]["captured"]

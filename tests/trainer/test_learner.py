@@ -86,6 +86,18 @@ def test_resuming_goes_on_exactly(run):
     assert [second.train([[make_sample(20, seed=seed)]]) for seed in range(3, 6)] == expected
 
 
+def test_the_account_goes_on_after_the_last_step(run):
+    checkpoints, learner = Checkpoints(run), Learner(run, CPU)
+    checkpoints.note(POSITION)  # there is none to note it in
+    checkpoints.save(learner, POSITION, best=1.5)
+    later = OnlinePosition(
+        streams=[StreamPosition(spans_endpoint="ipc:///s", ledger=TokenLedger(trained=5), parity=Parity())]
+    )
+    checkpoints.note(later)
+    progress = Checkpoints(run).resume(Learner(run, CPU))
+    assert (progress.position, progress.best_acceptance_length) == (later, 1.5)
+
+
 def test_a_checkpoint_of_another_target_is_refused_by_name(run):
     Checkpoints(run).save(Learner(run, CPU), POSITION)
     other = run.model_copy(update={"target_fingerprint": "0123456789abcdef"})
