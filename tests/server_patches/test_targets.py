@@ -3,7 +3,7 @@
 import pytest
 
 from server_patches import v0_5_23
-from server_patches.targets import Fields, IncompatibleSGLang, Target, verify
+from server_patches.targets import IncompatibleSGLang, Members, Target, verify
 
 
 def test_every_target_is_as_expected():
@@ -13,13 +13,13 @@ def test_every_target_is_as_expected():
 @pytest.mark.parametrize(
     ("target", "message"),
     [
-        (Target("sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2.gone", ("self",)), "EAGLEWorkerV2.gone"),
+        (Target("sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2.gone", ("self",), ""), "EAGLEWorkerV2.gone"),
         (
-            Target("sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2.verify", ("self", "batches")),
-            r"expected .*verify\(self, batches\), found \(self, batch",
+            Target("sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2.verify", ("self", "batches"), ""),
+            r"expected .*verify\(self, batches\), but found \(self, batch",
         ),
-        (Target("sglang.srt.nowhere.f", ()), r"sglang\.srt\.nowhere"),
-        (Fields("sglang.srt.managers.utils.GenerationBatchResult", ("accept_lenz",)), "without accept_lenz"),
+        (Target("sglang.srt.nowhere.f", (), ""), r"sglang\.srt\.nowhere"),
+        (Members("sglang.srt.managers.utils.GenerationBatchResult", ("accept_lenz",), ""), "without accept_lenz"),
     ],
 )
 def test_a_difference_is_named_with_what_was_expected_and_what_is_supported(target, message):
