@@ -35,7 +35,7 @@ from sglang_specforge.contracts.frames import decode
 from sglang_specforge.settings import Run
 from sglang_specforge.traffic import stream_prompts
 from trainer.assemble import Assembler
-from trainer.prefix_store import BLOCK, PrefixStore
+from trainer.prefix_store import PrefixStore, block_bytes
 from trainer.sample import Sample
 from trainer.spill import Spill
 
@@ -108,7 +108,7 @@ def serve(target: Path, folder: Path, chats: int, compared: int) -> tuple[list[I
         socket.bind(run.spans_endpoint)
         wait_until_captured(server.url)
         hidden_size = AutoConfig.from_pretrained(target).hidden_size
-        spill = Spill(folder, 1 << 30, BLOCK * 4 * hidden_size * getattr(torch, run.served_dtype).itemsize)
+        spill = Spill(folder, 1 << 30, block_bytes(hidden_size, getattr(torch, run.served_dtype)))
         stores = [(1 << 30, None), (LITTLE_BYTES, spill), (0, None)]
         ingests = [Ingest(PrefixStore(run.target_fingerprint, *store)) for store in stores]
         with ThreadPoolExecutor(CONCURRENCY) as pool:

@@ -45,14 +45,12 @@ class Sources:
         variable = [one for one in (given.vararg, given.kwarg) if one]
         return [one.arg for one in (*given.posonlyargs, *given.args, *given.kwonlyargs, *variable)]
 
-    def members(self, path: str) -> set[str]:
+    def members(self, path: str) -> Iterator[set[str]]:
         module, node = self.find(path)
         if not isinstance(node, ast.ClassDef):
             raise NotThere(f"{path} is no class")
-        found: set[str] = set()
         for _, one in self._lineage(module, node):
-            found |= set_on_self(one) | {name for statement in one.body for name in _named(statement)}
-        return found
+            yield set_on_self(one) | {name for statement in one.body for name in _named(statement)}
 
     def _parse(self, module: str) -> ast.Module | None:
         base = module.replace(".", "/")
@@ -112,12 +110,11 @@ class Sources:
 
 def _statements(node: ast.AST) -> Iterator[ast.stmt]:
     """Of a module, those under conditions and in attempts included."""
-    for statement in getattr(node, "body", ()):
-        yield statement
-        if isinstance(statement, ast.If | ast.Try):
-            yield from _statements(statement)
-            yield from (inner for part in ("orelse", "handlers") for one in getattr(statement, part, ())
-                        for inner in (_statements(one) if isinstance(one, ast.ExceptHandler) else (one,)))  # fmt: skip
+    for part in ("body", "orelse", "handlers"):
+        for statement in getattr(node, part, ()):
+            yield statement
+            if isinstance(statement, ast.If | ast.Try | ast.ExceptHandler):
+                yield from _statements(statement)
 
 
 def _named(statement: ast.stmt) -> list[str]:

@@ -8,6 +8,7 @@ import ast
 import inspect
 import pkgutil
 import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,8 +28,8 @@ class View(Protocol):
     def parameters(self, path: str) -> list[str]:
         """Of a function, or of making an instance of a class."""
 
-    def members(self, path: str) -> set[str]:
-        """Of a class and those that it inherits from: fields, methods, and attributes that methods set."""
+    def members(self, path: str) -> Iterator[set[str]]:
+        """Of a class and those that it inherits from: fields, methods, and attributes that methods set, in parts."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,12 @@ class Members:
     use: str
 
     def differs(self, view: View) -> str | None:
-        missing = set(self.names) - view.members(self.path)
-        return f"found it without {', '.join(sorted(missing))}" if missing else None
+        missing = set(self.names)
+        for found in view.members(self.path):
+            missing -= found
+            if not missing:  # what is left of a class takes long to read
+                return None
+        return f"found it without {', '.join(sorted(missing))}"
 
     def __str__(self) -> str:
         return f"{self.path} with {', '.join(self.names)}"
@@ -113,12 +118,11 @@ class Imported:
     def parameters(self, path: str) -> list[str]:
         return list(inspect.signature(inspect.unwrap(self.find(path))).parameters)
 
-    def members(self, path: str) -> set[str]:
-        found: set[str] = set()
-        for one in self.find(path).__mro__[:-1]:
-            found |= {*vars(one), *vars(one).get("__annotations__", ())}
-            found |= _set_by_methods(one)
-        return found
+    def members(self, path: str) -> Iterator[set[str]]:
+        lineage = self.find(path).__mro__[:-1]
+        for one in lineage:
+            yield {*vars(one), *vars(one).get("__annotations__", ())}
+        yield from map(_set_by_methods, lineage)
 
 
 def set_on_self(node: ast.AST) -> set[str]:

@@ -22,7 +22,7 @@ from trainer.far import Stream
 from trainer.feed import Feed
 from trainer.inbox import wait_for_any
 from trainer.learner import Learner, Trained
-from trainer.prefix_store import BLOCK, PrefixStore
+from trainer.prefix_store import PrefixStore, block_bytes
 from trainer.replay import ReplayBuffer
 from trainer.resume import OnlinePosition, Position
 from trainer.sample import Sample
@@ -216,7 +216,7 @@ class OnlineSource:
         settings, hidden_size = self._settings, self._target.embed_VH.shape[1]
         spill = None
         if settings.prefix_spill_dir:
-            slot_bytes = BLOCK * 4 * hidden_size * getattr(torch, self._job.served_dtype).itemsize
+            slot_bytes = block_bytes(hidden_size, getattr(torch, self._job.served_dtype))
             spill = Spill(settings.prefix_spill_dir, settings.prefix_spill_mb << 20, slot_bytes)
         return PrefixStore(self._job.target_fingerprint, settings.prefix_store_mb << 20, spill)
 

@@ -22,6 +22,11 @@ from trainer.spill import Slot, Spill, States
 BLOCK = 64  # tokens
 
 
+def block_bytes(hidden_size: int, dtype: torch.dtype) -> int:
+    """Of a whole block's states: what a slot of the spill has to hold."""
+    return BLOCK * 4 * hidden_size * dtype.itemsize
+
+
 class _Block(NamedTuple):
     parent: bytes
     tokens: bytes  # of int32

@@ -1,7 +1,6 @@
 """A trainer that reaches the server over the network alone: states over TCP, versions over HTTP."""
 
 import shutil
-import socket
 import subprocess
 import sys
 
@@ -9,6 +8,7 @@ import pytest
 
 from sglang_specforge.client import NotCaptured, wait_until_captured
 from sglang_specforge.curve import Identity
+from sglang_specforge.server_process import free_port
 from tests.e2e.conftest import TARGET, assert_every_token_is_accounted_for, outputs, prompts, settled, wait_for
 from tests.e2e.test_attach import STREAMED, AttachedTrainer, is_read
 from tests.e2e.test_layouts import NO_CACHE
@@ -45,15 +45,9 @@ def far_trainer(server, folder, *more):
     target = folder / "target"
     if not target.exists():
         shutil.copytree(TARGET, target)
-    flags = ("--listen", f"tcp://127.0.0.1:{free_port()}", "--target", target, *more)
+    port = min(free_port(), 65534)  # the next one is free as well, most likely
+    flags = ("--listen", f"tcp://127.0.0.1:{port}", "--target", target, *more)
     return AttachedTrainer([server], folder / "run", ("-c", ELSEWHERE), flags)
-
-
-def free_port():
-    """With the next one free as well, most likely."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        return min(listening.getsockname()[1], 65534)
 
 
 def reader():

@@ -10,11 +10,11 @@ import torch
 from sglang_specforge.contracts.control import TokenLedger
 from sglang_specforge.contracts.spans import Captured, Finished, Span
 from trainer.assemble import Assembler
-from trainer.prefix_store import BLOCK, PrefixStore
+from trainer.prefix_store import BLOCK, PrefixStore, block_bytes
 from trainer.spill import Spill
 
 H = 2
-BLOCK_BYTES = BLOCK * 4 * H * 4  # of states
+BLOCK_BYTES = block_bytes(H, torch.float32)
 
 
 def states_of(tokens_T):
