@@ -22,10 +22,12 @@ from rich.console import Console
 from rich.table import Table
 
 from sglang_specforge import traffic
-from sglang_specforge.demo import LOOK_EVERY_S, SERVING, TRAINING, driving
+from sglang_specforge.demo import LOOK_EVERY_S, SERVING, driving
+from sglang_specforge.demo import TRAINING as DEMO_TRAINING
 from sglang_specforge.demo_curve import WINDOW_S, Curve, Look
 from sglang_specforge.server_process import ServerProcess
 
+TRAINING = (*DEMO_TRAINING, "--draft-drafting", "always")  # acceptance is to be seen all the time
 TOLD = ("drift", "drift_over", "activated", "rolled_back")
 
 

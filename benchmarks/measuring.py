@@ -32,7 +32,7 @@ def start_capturing(target: Path, folder: Path, *arguments: Any) -> ServerProces
     given = [
         "--model-path", target, "--dtype", "float32", "--log-level", "warning", "--sleep-on-idle",
         "--enable-draft-training", "--draft-training-trainer", "none", "--draft-training-run-dir", folder / "run",
-        "--draft-training-draft-vocab-size", 768, *arguments,
+        "--draft-training-draft-vocab-size", 768, "--draft-drafting", "always", *arguments,
     ]  # fmt: skip
     return ServerProcess.start(folder / "log", given)
 

@@ -115,7 +115,7 @@ def drive_traffic(
         fail(f"first failure: {tally.failures[0]}", code=1)
 
 
-for _name in ("versions", "activate", "rollback", "gate", "events"):
+for _name in ("versions", "activate", "rollback", "gate", "drafting", "events"):
     app.command()(getattr(versions_cli, _name))
 app.add_typer(ab_app, name="ab")
 

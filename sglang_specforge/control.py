@@ -19,6 +19,7 @@ from sglang_specforge import curve
 from sglang_specforge.ab.experiment import Experiments
 from sglang_specforge.checkpoint import CheckpointError, noted_content
 from sglang_specforge.contracts import control
+from sglang_specforge.drafting import Governor
 from sglang_specforge.drift import ALL
 from sglang_specforge.export.acceptance import summary
 from sglang_specforge.metrics import Metrics
@@ -42,6 +43,7 @@ class ControlService:
     def __init__(self, run: Run, engine: Engine) -> None:
         self.swaps = Swaps(run, engine)
         self.experiments = Experiments(self.swaps, run.run_dir / "ab")
+        self.drafting = Governor(self.swaps, engine, run.settings.drafting)
         self._run, self._engine = run, engine
         self._supervisor = TrainerSupervisor(run) if run.settings.trainer == "spawn" else None
         self._heartbeat = control.Heartbeat()
@@ -61,6 +63,7 @@ class ControlService:
                 tasks.create_task(self._listen())
                 tasks.create_task(self._take_announced())
                 tasks.create_task(self._look())
+                tasks.create_task(self.drafting.run(self._promised))
                 if self._supervisor is not None:
                     tasks.create_task(self._supervisor.keep_alive())
         finally:
@@ -134,6 +137,7 @@ class ControlService:
                 "failed_swaps": {str(v): why for v, why in self.swaps.failed.items()},
                 "gate": self.swaps.gate,
                 "held_by": self.swaps.holder,
+                "drafting": self.drafting.status(),
                 **self._watch.status(),
             },
             "acceptance": summary(export["committed"] for export in exports),
@@ -233,6 +237,11 @@ class ControlService:
             event = "proposed" if gate == "propose" else "held_back"
             self.swaps.audit.write(event, "gate", version=version, why=why)
 
+    def _promised(self) -> float | None:
+        """What the trainer says of the version in service, where it is its newest one."""
+        newest = self._heartbeat.version == self.swaps.active
+        return self._heartbeat.held_out_acceptance_length if newest else None
+
     async def _look(self) -> None:
         """Live acceptance, every two seconds: for the guard, for drift, and for who scrapes metrics."""
         metrics = Metrics.served()
@@ -242,7 +251,7 @@ class ControlService:
                 if self._lease.has_run_out():
                     await self.end_lease(self._lease.reader.key, "it has not been heard of")
                 ranks = await self.swaps.ranks()
-                await self._watch.look(ranks)
+                await self._watch.look(ranks, drafting=self.drafting.is_on)
                 if metrics is not None:
                     metrics.show(self._status_of(ranks))
             except NotAttached:  # said where the status is asked for

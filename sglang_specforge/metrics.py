@@ -9,6 +9,8 @@ _GAUGES = {
     "active_version": "Draft version in service.",
     "acceptance_length": "Tokens a verification, of the draft version in service, since the server's start.",
     "held_out_acceptance_length": "Of the newest draft version, by simulation on held-out samples.",
+    "drafting": "1 while steps draft, else 0.",
+    "break_even_acceptance_length": "At which drafting is as fast as none, as measured last.",
     "moved_slices": "Slices, and all traffic as one, whose acceptance fell and has not recovered (drift).",
     "trainer_step": "Optimizer steps.",
     "trainer_silent_seconds": "Since the trainer was last heard of.",
@@ -58,6 +60,8 @@ class Metrics:
 def _gauged(status: dict[str, Any]) -> Iterator[tuple[str, float | None]]:
     active = status["draft"]["active_version"]
     yield "active_version", active
+    yield "drafting", status["draft"]["drafting"]["depth"] == "on"
+    yield "break_even_acceptance_length", status["draft"]["drafting"]["break_even_length"]
     yield "moved_slices", len(status["draft"]["drift"]["moved"])
     yield "acceptance_length", status["acceptance_by_version"].get(str(active), {}).get("length")
     yield "held_out_acceptance_length", status["trainer"]["held_out_acceptance_length"]

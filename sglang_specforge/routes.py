@@ -20,9 +20,10 @@ from sglang_specforge.ab.experiment import Report, UnknownExperiment
 from sglang_specforge.ab.plan import Plan
 from sglang_specforge.checkpoint import CheckpointError
 from sglang_specforge.control import ControlService
+from sglang_specforge.drafting import DraftingFixed
 from sglang_specforge.manifest import Mode
 from sglang_specforge.reader import LEASE_S, Reader, ReaderHeld
-from sglang_specforge.settings import Run
+from sglang_specforge.settings import Drafting, Run
 from sglang_specforge.swaps import Change, DraftHeld, NotAttached, SwapRefused, UnknownVersion
 
 _STATUS = {
@@ -32,6 +33,7 @@ _STATUS = {
     ReaderHeld: 409,
     CheckpointError: 422,
     SwapRefused: 422,
+    DraftingFixed: 422,
     NotAttached: 503,
 }
 Version = Annotated[StrictInt, Field(ge=0, lt=2**53, description="Number of a draft version.")]
@@ -68,6 +70,13 @@ class GateMode(_Body):
     """Body of ``POST /draft/gate``."""
 
     mode: Mode
+    why: Why = ""
+
+
+class DraftingMode(_Body):
+    """Body of ``POST /draft/drafting``."""
+
+    mode: Drafting
     why: Why = ""
 
 
@@ -173,6 +182,13 @@ def make_router(service: ControlService, run: Run) -> APIRouter:
         """What becomes of versions that the trainer publishes: auto, propose or off."""
         swaps.set_gate(body.mode, _who(request), body.why)
         return {"mode": swaps.gate}
+
+    @router.post("/drafting")
+    async def set_drafting(body: DraftingMode, request: Request) -> dict[str, str]:
+        """Whether steps draft: always, never, or (auto) while it makes answers faster. Until the server ends."""
+        with _answered():
+            service.drafting.set_mode(body.mode, _who(request), body.why)
+        return {"mode": service.drafting.mode}
 
     @router.get("/events")
     async def events(last: Annotated[int, Query(ge=1, le=10_000)] = 100) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from sglang_specforge.training_settings import Job, TrainingSettings, split
 
 RUN_VARIABLE = "SGLANG_SPECFORGE_RUN"
 SERVER_PID_VARIABLE = "SGLANG_SPECFORGE_SERVER_PID"  # of the server that started a trainer
+Drafting = Literal["always", "auto", "never"]
 Settings = TypeVar("Settings", bound=TrainingSettings)
 
 
@@ -143,6 +144,13 @@ class DraftTrainingSettings(OnlineSettings):
         description="Of new versions. auto: those that are better on held-out samples go live, and are taken back "
         "where live acceptance falls. propose: they wait for POST /draft/activate. off: all go live.",
         json_schema_extra={"flag": "draft-gate"},
+    )
+
+    drafting: Drafting = Field(
+        "auto",
+        description="auto: steps draft only while that makes answers faster, which is tried now and then. always: "
+        "every step drafts. never: none does. Some of SGLang's features need always, and have it by default.",
+        json_schema_extra={"flag": "draft-drafting"},
     )
 
     @model_validator(mode="after")

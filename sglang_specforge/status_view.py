@@ -21,6 +21,7 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [
         ("draft version", f"{draft['active_version']} active, {draft['swaps']} swaps"),
         ("  gate", f"{draft['gate']}{', held by ' + draft['held_by'] if draft['held_by'] else ''}"),
+        ("  drafting", _drafting(draft["drafting"])),
         ("acceptance length", f"{_number(status['acceptance']['length'])} overall"),
         ("  by version", "  ".join(f"{v}: {n['length']:.2f}" for v, n in list(by_version.items())[-8:]) or "-"),
         ("  of slices", "  ".join(f"{name}: {n['length']:.2f}" for name, n in by_slice.items()) or "-"),
@@ -51,6 +52,13 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append((f"version {version} stays out", why))
     rows += [("exporter stopped", export["failure"]) for export in status["export"] if export["failure"]]
     return rows
+
+
+def _drafting(found: dict[str, Any]) -> str:
+    said = found["depth"] if found["depth"] == "on" else f"off ({found['depth']})"
+    if found["gain"] is None:
+        return f"{said}, {found['mode']}"
+    return f"{said}, {found['mode']}; at last {found['gain']:.2f} x, break-even {found['break_even_length']:.2f}"
 
 
 def _moves(moved: dict[str, dict[str, Any]]) -> str:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from sglang_specforge.client import DEFAULT_URL, ApiKey, Url, ask
 from sglang_specforge.manifest import Mode
+from sglang_specforge.settings import Drafting
 
 Why = Annotated[str, typer.Option(help="Reason, for the audit log.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the server's answer as it is.")]
@@ -62,6 +63,17 @@ def gate(
     """Choose what becomes of versions that the trainer publishes."""
     ask("POST", url, "/draft/gate", api_key, json={"mode": mode, "why": why}, timeout=30)
     console.print(f"gate: {mode}")
+
+
+def drafting(
+    mode: Annotated[Drafting, typer.Argument(help="auto: while it makes answers faster. always. never.")],
+    url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
+    why: Why = "",
+) -> None:
+    """Choose whether steps draft, of a server that was started with --draft-drafting auto or never."""
+    ask("POST", url, "/draft/drafting", api_key, json={"mode": mode, "why": why}, timeout=30)
+    console.print(f"drafting: {mode}")
 
 
 def events(

@@ -23,9 +23,10 @@ class Watch:
     def status(self) -> dict[str, Any]:
         return {"guard": self._guard.status(), "drift": self._drift.status()}
 
-    async def look(self, ranks: list[dict[str, Any]]) -> None:
-        """At each replica's counts (``Swaps.ranks``). During an A/B nothing is said: versions change all the time."""
-        if self._swaps.holder is not None:
+    async def look(self, ranks: list[dict[str, Any]], *, drafting: bool = True) -> None:
+        """At each replica's counts (``Swaps.ranks``). During an A/B nothing is said: versions change all the time. Nor
+        while only trials draft: what was served between them has left holes in the draft's KV cache."""
+        if self._swaps.holder is not None or not drafting:
             self._guard.forget()
             self._drift.forget()
             return

@@ -1,4 +1,5 @@
-"""Where SGLang 0.5.23 assumes that a CPU has AMX, that CUDA wheels mean a GPU, or that CPUs have no EP and no PD.
+"""Where SGLang 0.5.23 assumes that a CPU has AMX, that CUDA wheels mean a GPU, or that CPUs have no EP, no PD and
+one draft depth.
 
 Shapes: T tokens, H hidden, K experts a token, P pairs of a token and an expert of this rank.
 """
@@ -7,6 +8,7 @@ from typing import Any
 
 import sglang.srt.arg_groups.overrides as overrides
 import torch
+from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from torch import Tensor
 
@@ -20,6 +22,9 @@ def register_hooks() -> None:
     )
     HookRegistry.register(
         "sglang.srt.layers.moe.fused_moe_native.moe_forward_native", _run_local_experts, HookType.AROUND
+    )
+    HookRegistry.register(
+        "sglang.srt.speculative.eagle_worker_v2.check_cuda_graph_backend", _no_graphs, HookType.REPLACE
     )
     HookRegistry.register(
         "sglang.srt.disaggregation.common.conn.CommonKVSender.__init__", _send_indices_at_once, HookType.AFTER
@@ -45,6 +50,11 @@ class _PlatformWithAMXKernels:
 def _no_nccl(*args: Any, **kwargs: Any) -> None:
     # PyNcclCommunicator takes this for "a non-GPU environment" and leaves the collectives to gloo.
     raise RuntimeError("NCCL needs a GPU")
+
+
+def _no_graphs(phase: str, backend: str) -> bool:
+    # The draft worker would capture the target's graphs for a second depth, which a CPU has none of.
+    return backend == Backend.DISABLED
 
 
 def _send_indices_at_once(result: None, sender: Any, *args: Any, **kwargs: Any) -> None:

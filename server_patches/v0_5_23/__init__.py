@@ -15,6 +15,7 @@ _STREAMER = "sglang.srt.managers.scheduler_components.output_streamer.SchedulerO
 _INTERNAL = "sglang.srt.managers.scheduler_components.internal_state"
 _STATE = f"{_INTERNAL}.SchedulerInternalStateController"
 _DRAFT = "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker"
+_ADAPTIVE = "sglang.srt.speculative.adaptive_runtime_state"
 _LOGITS = "sglang.srt.layers.logits_processor"
 _BATCH = "sglang.srt.managers.schedule_batch"
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
@@ -37,6 +38,27 @@ TARGETS = (
     Target(f"{_WORKER}._forward_prefill_batch", ("self", "batch"), "AROUND: captures prompts"),
     Target(f"{_WORKER}.verify", ("self", "batch"), "AFTER: captures accepted tokens, counts acceptance"),
     Members(f"{_WORKER}", ("target_worker", "draft_worker", "device"), "read: target and draft"),
+    Members(f"{_WORKER}", ("adaptive_controller", "speculative_num_steps"), "set: drafting on and off"),
+    Target(
+        f"{_WORKER}.build_adaptive_runtime_state",
+        ("self", "speculative_num_steps", "speculative_num_draft_tokens", "cuda_graph_bs"),
+        "relied upon: the depth without drafts",
+    ),
+    Target(f"{_ADAPTIVE}.AdaptiveController.__init__", ("self", "worker", "policy"), "made: drafting on and off"),
+    Members(
+        f"{_ADAPTIVE}.AdaptiveSpecPolicy",
+        (
+            "candidate_steps",
+            "set_cuda_graph_bs",
+            "get_steps_for_batch",
+            "on_verify_complete",
+            "cuda_graph_bs_for_step",
+        ),
+        "implemented: likewise",
+    ),
+    Members(
+        "sglang.srt.environ.Envs", ("SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND",), "set: whether the draft runs undrafted"
+    ),
     Members(f"{_DRAFT}", ("draft_runner", "hot_token_id", "device"), "read and written: the live draft"),
     Target("sglang.srt.models.llama_eagle3.LlamaForCausalLMEagle3.load_weights", ("self", "weights"), "called: shards"),
     Target(f"{_LOGITS}.LogitsProcessor._get_last_hidden_states_to_store", ("self",), "switched on: last hidden states"),

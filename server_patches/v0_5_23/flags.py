@@ -58,6 +58,7 @@ def _start_run(args: argparse.Namespace, settings: DraftTrainingSettings) -> Non
 
     v0_5_23.check()
     _refuse_contradictions(args, settings)
+    settings = _settle_drafting(args, settings)
     folder = resolve_target(args.model_path).absolute()
     target = load_target_config(folder)
     dtype = _served_dtype(target, args.dtype)
@@ -130,6 +131,27 @@ def _refuse_contradictions(args: argparse.Namespace, settings: DraftTrainingSett
             f"--disaggregation-mode {args.disaggregation_mode}: one server computes prompts, another answers, and a "
             "trainer needs both; give --draft-training-trainer none, and both to python -m trainer attach"
         )
+
+
+def _settle_drafting(args: argparse.Namespace, settings: DraftTrainingSettings) -> DraftTrainingSettings:
+    """``always`` where SGLang cannot switch drafting off, and nobody asked for it. Raises SettingsError."""
+    cannot = {
+        "--speculative-eagle-topk": (getattr(args, "speculative_eagle_topk", None) or 1) > 1,
+        "--enable-dp-attention": getattr(args, "enable_dp_attention", False),
+        "--enable-lora": getattr(args, "enable_lora", False) or getattr(args, "lora_paths", None),
+        "--enable-hisparse": getattr(args, "enable_hisparse", False),
+        "--disaggregation-mode": _disaggregation(args) != "null",
+    }
+    why = next((flag for flag, given in cannot.items() if given), None)
+    if why is None or settings.drafting == "always":
+        return settings
+    if "drafting" in settings.model_fields_set:
+        raise SettingsError(
+            f"--draft-drafting {settings.drafting} does not go with {why}: drafting cannot be switched off there; give "
+            "--draft-drafting always"
+        )
+    print(f"draft training: every step drafts (--draft-drafting always), because of {why}", file=sys.stderr)
+    return settings.model_copy(update={"drafting": "always"})
 
 
 def _disaggregation(args: argparse.Namespace) -> str:

@@ -16,12 +16,13 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.managers.scheduler_components.internal_state import UpdateRejected, _UpdateHandler
 from sglang.srt.runtime_context import get_parallel
 
-from server_patches.v0_5_23 import outputs
+from server_patches.v0_5_23 import drafting, outputs
 from server_patches.v0_5_23.consent import OPT_KEY, SLICE_KEY, asked
 from server_patches.v0_5_23.draft_weights import LiveDraft
 from sglang_specforge.contracts import coding
 from sglang_specforge.contracts.spans import Travel
 from sglang_specforge.draft_bank import DraftBank
+from sglang_specforge.drafting import Depth
 from sglang_specforge.export.admission import Admission, Admitted
 from sglang_specforge.export.entry import HostCopier, Prefilled, Verified
 from sglang_specforge.export.exporter import Exporter
@@ -41,6 +42,7 @@ class DraftTraining:
     travel: Travel
     exporter: Exporter | None  # on one rank of each attention-TP group
     copier: HostCopier | None
+    switch: drafting.Switch | None  # where drafting may be switched off
 
 
 _this: DraftTraining | None = None
@@ -70,7 +72,8 @@ def attach(result: None, worker: Any, *args: Any, **kwargs: Any) -> None:
         copier = HostCopier(ring, device)
         exporter.start()
     bank = DraftBank(LiveDraft(worker.draft_worker), run)
-    _this = DraftTraining(bank, run.settings.capture_dtype, exporter, copier)
+    switch = drafting.install(worker) if run.settings.drafting != "always" else None
+    _this = DraftTraining(bank, run.settings.capture_dtype, exporter, copier, switch)
 
 
 def around_prefill(original: Any, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
@@ -83,7 +86,8 @@ def around_prefill(original: Any, worker: Any, batch: Any, *args: Any, **kwargs:
 
 def after_verify(result: Any, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER ``EAGLEWorkerV2.verify``."""
-    outputs.note(batch.reqs, _this.bank.active_version)
+    if result.accept_index.shape[1] > 1:  # drafting is on
+        outputs.note(batch.reqs, _this.bank.active_version)
     _guarded(_capture_verify, batch, result)
 
 
@@ -100,6 +104,7 @@ def _guarded(capture: Callable[..., None], batch: Any, *args: Any) -> None:
 
 
 def _capture_prefill(batch: Any, result: Any, tokens_N: torch.Tensor) -> None:
+    _this.exporter.pace.interrupt()
     logits = result.logits_output
     states = {"aux_N3H": logits.hidden_states, "last_NH": logits.last_hidden_states}
     row_bytes = _row_bytes(states)
@@ -121,6 +126,7 @@ def _capture_prefill(batch: Any, result: Any, tokens_N: torch.Tensor) -> None:
 def _capture_verify(batch: Any, result: Any) -> None:
     """Rows of the accepted paths, the same number for every request."""
     B, R = result.accept_index.shape
+    seconds = _this.exporter.pace.lap(R > 1, B)
     drafted_BD = batch.spec_info.draft_token.view(B, -1)
     D, chain = drafted_BD.shape[1], batch.spec_info.topk == 1
     aux_N3H, last_NH = result.logits_output.hidden_states, result.logits_output.last_hidden_states
@@ -147,7 +153,7 @@ def _capture_verify(batch: Any, result: Any) -> None:
         states, tokens_N = {"aux_N3H": aux_N3H, "last_NH": last_NH}, tokens_N.view(-1)
     requests = [one.request for _, one in admitted if one.left_out is None]
     slices = [one.request.slice for _, one in admitted if one.request.is_counted]
-    verified = Verified(R, chain, facts_BF, picked, counted, slices, window, standings)
+    verified = Verified(R, chain, facts_BF, picked, counted, slices, window, standings, seconds)
     _capture(requests, states, tokens_N, verified=verified)
 
 
@@ -169,6 +175,7 @@ def add_handlers(handlers: dict[str, Any], controller: Any) -> dict[str, Any]:
             lambda version: _this.bank.activate(version, controller.scheduler.forward_ct), _agree_on
         ),
         "draft_training_window": _handler(_set_window),
+        "draft_training_drafting": _handler(_set_drafting),
         "draft_training_capture": _handler(_set_capturing),
         "draft_training_reader": _handler(_set_reader),
     }
@@ -200,6 +207,11 @@ def _agree_on(version: int) -> None:
 
 def _set_window(window: int) -> None:
     _this.bank.window = window
+
+
+def _set_drafting(depth: int) -> None:
+    if _this.switch is not None:
+        _this.switch.set(Depth(depth))
 
 
 def _set_capturing(enabled: int) -> None:

@@ -39,6 +39,12 @@ class Verified:
     slices: Sequence[str]  # of each counted request
     window: int = 0  # of an A/B; 0: none
     standings: Sequence[int] = ()  # in a window, each counted request's ``acceptance.Standing``
+    seconds: float | None = None  # of the pass, where ``pace.Pace`` could tell
+
+    @property
+    def drafted(self) -> bool:
+        """Whether anything was proposed: with drafting off, a request's one row is its last token."""
+        return self.rows_per_request > 1
 
     def committed(self) -> list[int]:
         """Tokens that were committed for each counted request."""

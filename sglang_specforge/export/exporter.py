@@ -20,8 +20,9 @@ import zmq
 from sglang_specforge.contracts.spans import Finished
 from sglang_specforge.export.acceptance import Acceptance
 from sglang_specforge.export.admission import Admission
-from sglang_specforge.export.entry import Entry
+from sglang_specforge.export.entry import Entry, Verified
 from sglang_specforge.export.link import Link
+from sglang_specforge.export.pace import Pace
 from sglang_specforge.export.ring import HostRing
 from sglang_specforge.pull import Puller
 from sglang_specforge.reader import load_way
@@ -37,6 +38,7 @@ class Exporter:
     def __init__(self, endpoint: str, ring: HostRing, admission: Admission, puller: Puller | None = None) -> None:
         self.ring, self.admission = ring, admission
         self.stream = uuid.uuid4().hex
+        self.pace = Pace()
         self.failure: str | None = None
         self.paused = False  # by the operator
         self.reader = 0  # number of the lease by which one on another machine reads; 0: one on this machine
@@ -92,6 +94,7 @@ class Exporter:
             "failure": self.failure,
             **self.admission.status(),
             **self._acceptance.status(),
+            "pace": self.pace.status(),
         }
 
     def _run(self) -> None:
@@ -150,10 +153,7 @@ class Exporter:
     def _send_entry(self, entry: Entry) -> None:
         entry.wait()
         if entry.verified is not None:
-            verified = entry.verified
-            self._acceptance.count(
-                entry.draft_version, verified.committed(), verified.slices, verified.window, verified.standings
-            )
+            self._count(entry.verified, entry.draft_version)
         if entry.region is None:
             return
         spans = entry.spans()
@@ -165,6 +165,13 @@ class Exporter:
             self._sent += message.tokens
         else:
             self._drop("nobody_listening", message.tokens)
+
+    def _count(self, verified: Verified, version: int) -> None:
+        committed = verified.committed()
+        if verified.drafted:
+            self._acceptance.count(version, committed, verified.slices, verified.window, verified.standings)
+        if verified.seconds is not None:
+            self.pace.count(verified.drafted, len(verified.facts_BF), verified.seconds, committed)
 
     def _announce(self, ends: list[Finished]) -> None:
         self._unsent += ends

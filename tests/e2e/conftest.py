@@ -129,6 +129,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Cl
         folder = tmp_path_factory.mktemp("server")
         flags: list[Any] = []
         if training is not None:
+            training = {"drafting": "always"} | training  # a draft that does not pay here is still looked at
             flags = ["--enable-draft-training", "--draft-training-run-dir", folder / "run"]
             flags += [part for name, value in training.items() for part in (training_flag(name), value)]
         server = ServerProcess.start(folder / "log", ["--model-path", model, *SERVING, *arguments, *flags], **ranks)

@@ -80,6 +80,17 @@ def test_the_flag_makes_a_draft_and_sets_speculation(target, tmp_path):
     assert json.loads(run)["served_dtype"] == "bfloat16"
 
 
+def test_where_drafting_cannot_be_switched_off_it_never_is_and_that_is_said(parser, capsys):
+    def settled(*given):
+        args = parser.parse_args(["--model-path", "-", *given])
+        return flags._settle_drafting(args, DraftTrainingSettings()).drafting
+
+    assert settled() == "auto"
+    assert "every step drafts" not in capsys.readouterr().err
+    assert settled("--speculative-eagle-topk", "4") == "always"
+    assert "every step drafts (--draft-drafting always), because of --speculative-eagle-topk" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -94,6 +105,10 @@ def test_the_flag_makes_a_draft_and_sets_speculation(target, tmp_path):
             "'prefix_spill_dir' = '/dev/nul",
         ),
         (["--enable-draft-training", "--dtype", "float32", "--disaggregation-mode", "decode"], "trainer none"),
+        (
+            ["--enable-draft-training", "--draft-drafting", "auto", "--speculative-eagle-topk", "2"],
+            "--draft-drafting auto does not go with --speculative-eagle-topk",
+        ),
         # The target is float32, which SGLang serves as float16 where no type is asked for.
         (["--enable-draft-training"], "not float16; give --dtype bfloat16"),
     ],

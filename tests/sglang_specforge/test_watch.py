@@ -67,6 +67,15 @@ def test_a_worse_version_is_taken_back_and_stays_out(watched):
     assert swaps.moved == {}
 
 
+def test_trials_of_a_draft_that_does_not_draft_are_no_measure_of_it(watched):
+    watch, swaps = watched
+    swaps.lengths[2] = 1.2
+    for _ in range(40):
+        asyncio.run(watch.look(swaps.ranks(), drafting=False))
+    look(watch, swaps, 40)
+    assert swaps.told == []
+
+
 def test_a_version_is_put_back_where_the_one_before_does_no_better_and_that_is_drift(watched):
     watch, swaps = watched
     swaps.lengths = {1: 1.15, 2: 1.2}
