@@ -2,22 +2,23 @@
 
     python benchmarks/drafting.py [--draft DIR] [--quick] [--json FILE]
 
-Two real servers, both running, and the same requests by turns: one without speculation and without the plugin, one
-with a random draft, ``--draft-drafting auto`` and a consumer that receives what is captured. With ``--draft``, that
-draft then takes the random one's place, and after the server's next trial the turns go on. Shown is the geometric mean
-of the rounds' ratios of tokens a second with its 95% confidence interval; trials are part of what is measured.
+Two real servers, both running, and the same load of chats by turns: one without speculation and without the plugin, and
+one with a random draft and ``--draft-drafting auto``, once with nobody attached and once with a consumer that receives
+what is captured. With ``--draft``, that draft then takes the random one's place, and after the server's next trial the
+turns go on. Shown is the geometric mean of the rounds' ratios of tokens a second with its 95% confidence interval;
+trials are part of what is measured.
 """
 
+import asyncio
+import contextlib
 import math
+import random
 import statistics
 import sys
 import tempfile
-import time
-from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
 import scipy.stats
 import typer
 from capture_overhead import Consumer
@@ -25,85 +26,99 @@ from measuring import TINY_TARGET, save_record, start_capturing
 from rich.console import Console
 from rich.table import Table
 
+from sglang_specforge.client import ask
 from sglang_specforge.server_process import ServerProcess
-from sglang_specforge.traffic import stream_prompts
+from sglang_specforge.traffic import Tally, drive, stream_prompts
 
-SERVING = ("--max-total-tokens", 16384, "--max-running-requests", 16, "--disable-radix-cache")
+SERVING = ("--max-total-tokens", 16384, "--max-running-requests", 16)
+AUTO = ("--draft-drafting", "auto", "--draft-gate", "off", "--draft-training-draft-vocab-size", 32000)  # as the demo's
 PLAIN = ("--dtype", "float32", "--log-level", "warning", "--sleep-on-idle")
-TOKENS, CONCURRENCY = 96, 8
+LOAD = {"concurrency": 8, "max_tokens": 96, "temperature": 0.0}
+ARMS = ("no speculation", "nobody attached", "consumer")
+REQUESTS = 40  # of a turn
 
 
-def tokens_per_s(server: ServerProcess, prompts: list[str]) -> float:
-    sampling = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True}
-    begun_s = time.perf_counter()
-    answer = httpx.post(
-        f"{server.url}/generate", json={"text": prompts, "sampling_params": sampling}, timeout=600, trust_env=False
-    ).raise_for_status()
-    generated = sum(one["meta_info"]["completion_tokens"] for one in answer.json())
-    return generated / (time.perf_counter() - begun_s)
+def tokens_per_s(server: ServerProcess) -> float:
+    tally = Tally()
+    asyncio.run(drive(server.url, stream_prompts(seed=0), tally, requests=REQUESTS, **LOAD))
+    if tally.failures:
+        raise SystemExit(f"{len(tally.failures)} requests failed, the first with {tally.failures[0]}")
+    return tally.tokens_per_s
 
 
 def drafting(server: ServerProcess) -> dict[str, Any]:
     return server.status()["draft"]["drafting"]
 
 
-def settle(server: ServerProcess, prompts: list[str]) -> dict[str, Any]:
+def settle(server: ServerProcess) -> dict[str, Any]:
     """Drive the server until it has tried its draft once more."""
     before = drafting(server)["trials"]
     while drafting(server)["trials"] == before:
-        tokens_per_s(server, prompts)
+        tokens_per_s(server)
     return drafting(server)
 
 
-def take_rounds(name: str, servers: dict[str, ServerProcess], prompts: list[str], rounds: int) -> list[dict[str, Any]]:
+def take_rounds(plain: ServerProcess, auto: ServerProcess, consumer: Consumer, rounds: int) -> list[dict[str, float]]:
     found = []
     for i in range(rounds):
-        order = list(servers) if i % 2 else list(servers)[::-1]
-        speed = {arm: tokens_per_s(servers[arm], prompts) for arm in order}
-        found.append({"draft": name, "round": i, **speed, "ratio": speed["auto"] / speed["plain"]})
+        speed = {}
+        for arm in random.Random(i).sample(ARMS, len(ARMS)):
+            with consumer.reading() if arm == "consumer" else contextlib.nullcontext():
+                speed[arm] = tokens_per_s(plain if arm == "no speculation" else auto)
+        found.append(speed)
     return found
+
+
+def against_plain(found: list[dict[str, float]], arm: str) -> tuple[float, float, float]:
+    """Geometric mean of the rounds' ratios, and its 95% confidence interval."""
+    logs = [math.log(one[arm] / one["no speculation"]) for one in found]
+    mean = statistics.fmean(logs)
+    reach = scipy.stats.t.ppf(0.975, len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
+    return math.exp(mean), math.exp(mean - reach), math.exp(mean + reach)
 
 
 def main(
     target: Annotated[Path, typer.Option(help="Folder of the target.")] = TINY_TARGET,
     draft: Annotated[Path | None, typer.Option(help="Folder of a draft that has learnt.")] = None,
-    quick: Annotated[bool, typer.Option(help="6 rounds instead of 30.")] = False,
+    quick: Annotated[bool, typer.Option(help="3 rounds instead of 8.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
 ) -> None:
-    rounds, prompts = (6 if quick else 30), list(islice(stream_prompts(seed=11), CONCURRENCY))
-    table = Table(title=f"{rounds} rounds of {CONCURRENCY} requests, {TOKENS} tokens each")
-    for column in ("draft", "drafting", "break-even", "tokens/s", "no speculation", "ratio", "95% interval", "lowest"):
+    rounds = 3 if quick else 8
+    table = Table(title=f"{rounds} rounds of {REQUESTS} requests")
+    for column in (
+        "draft",
+        "drafting",
+        "break-even",
+        "last gain",
+        "arm",
+        "tokens/s",
+        "ratio",
+        "95% interval",
+    ):
         table.add_column(column)
     ratios, samples = {}, []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with (
             ServerProcess.start(folder / "plain", ["--model-path", target, *PLAIN, *SERVING]) as plain,
-            start_capturing(target, folder, *SERVING, "--draft-drafting", "auto", "--draft-gate", "off") as auto,
+            start_capturing(target, folder, *SERVING, *AUTO) as auto,
         ):
-            servers, consumer = {"plain": plain, "auto": auto}, Consumer(auto)
-            with consumer.reading():
-                for label in ("random", *(["learnt"] if draft else [])):
-                    if label == "learnt":
-                        body = {"path": str(draft.absolute())}
-                        httpx.post(
-                            f"{auto.url}/draft/versions", json=body, timeout=120, trust_env=False
-                        ).raise_for_status()
-                    state = settle(auto, prompts)
-                    found = take_rounds(label, servers, prompts, rounds)
-                    logs = [math.log(one["ratio"]) for one in found]
-                    reach = scipy.stats.t.ppf(0.975, len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
-                    mean, speeds = statistics.fmean(logs), {
-                        arm: statistics.median(one[arm] for one in found) for arm in servers
-                    }  # fmt: skip
-                    table.add_row(
-                        label, state["depth"], f"{state['break_even_length']:.2f}", f"{speeds['auto']:.0f}",
-                        f"{speeds['plain']:.0f}", f"{math.exp(mean):.3f}",
-                        f"{math.exp(mean - reach):.3f} to {math.exp(mean + reach):.3f}",
-                        f"{min(one['ratio'] for one in found):.3f}",
-                    )  # fmt: skip
-                    ratios[f"tokens/s, {label} draft / no speculation"] = math.exp(mean)
-                    samples += [found, state]
+            consumer = Consumer(auto)
+            for label in ("random", *(["learnt"] if draft else [])):
+                if label == "learnt":
+                    ask("POST", auto.url, "/draft/versions", None, json={"path": str(draft.absolute())}, timeout=120)
+                settle(auto)
+                found = take_rounds(plain, auto, consumer, rounds)
+                state = drafting(auto)
+                told = [label, state["depth"], f"{state['break_even_length']:.2f}", f"{state['gain']:.2f}"]
+                for arm in ARMS:
+                    ratio, low, high = against_plain(found, arm)
+                    speed = statistics.median(one[arm] for one in found)
+                    table.add_row(*told, arm, f"{speed:.0f}", f"{ratio:.3f}", f"{low:.3f} to {high:.3f}")
+                    told = [""] * len(told)
+                    if arm != "no speculation":
+                        ratios[f"tokens/s, {label} draft, {arm} / no speculation"] = ratio
+                samples.append({"draft": label, "drafting": state, "rounds": found})
             consumer.end()
     Console(width=140).print(table)
     if json_file:

@@ -180,6 +180,9 @@ class Assembler:
         for span, _, _ in pieces:
             if (last := span.start - start + span.length - 1) < kept:
                 rejected_T[last] = span.rejected
+        # Steps that drafted nothing may not have kept the draft's keys: what it proposes later cannot be told here.
+        undrafted = (s.start for s, _, _ in pieces if s.proposed < 0 and s.start >= request.prompt_tokens)
+        told = min(undrafted, default=start + kept)
         sample = Sample(
             rid=rid,
             start=start,
@@ -190,7 +193,7 @@ class Assembler:
             rejected_T=rejected_T,
             slice=request.slice,
             draft_version=versions.pop() if len(versions) == 1 else None,
-            proposals=[(s.start, s.proposed) for s, _, _ in pieces if s.proposed >= 0 and s.start < start + kept],
+            proposals=[(s.start, s.proposed) for s, _, _ in pieces if s.proposed >= 0 and s.start < told],
         )
         return sample if request.head_T is None else self._complete(sample, request)
 

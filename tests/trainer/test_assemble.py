@@ -48,6 +48,15 @@ def test_chunks_and_verify_passes_become_one_sample():
     assert ledger.dropped == {}
 
 
+def test_what_was_proposed_after_a_step_without_drafting_is_not_compared():
+    assembler, _ = make()
+    capture(assembler, 0, 4)
+    for start, proposed in ((4, 7), (5, -1), (6, 8)):  # the draft's keys of position 5 may be missing in the server
+        capture(assembler, start, 1, proposed=proposed)
+    (sample,) = finish(assembler, 7)
+    assert sample.proposals == [(4, 7)]
+
+
 def test_the_newest_capture_of_a_position_wins():
     assembler, ledger = make()
     captured = capture(assembler, 0, 4) + capture(assembler, 4, 3) + capture(assembler, 2, 4, tag=1)
