@@ -40,11 +40,10 @@ def extend_attention_cpu(
     _refuse_cross_attention("extend_attention_cpu", is_cross_attention)
     B, E, S = seq_lens.numel(), int(extend_seq_lens.max()), int(seq_lens.max())
     if q_THD.shape[0] == B and E == 1:  # a verification that nothing was drafted for
-        out_THD.copy_(
-            _attend_to_sequence(
-                q_THD, k_buffer, v_buffer, k_scale, v_scale, req_to_token, req_pool_indices, seq_lens, S, scaling,
-                logit_cap, sliding_window, sinks,
-            )
+        unused = seq_lens
+        decode_attention_cpu(
+            q_THD, k_buffer, v_buffer, k_scale, v_scale, out_THD, None, None, unused, unused, req_to_token,
+            req_pool_indices, seq_lens, scaling, logit_cap, is_cross_attention, sliding_window, encoder_lens, sinks,
         )  # fmt: skip
         return
     seq_B11, new_B11 = seq_lens.long().view(B, 1, 1), extend_seq_lens.long().view(B, 1, 1)
@@ -103,38 +102,16 @@ def decode_attention_cpu(
     if k_BGD is not None:
         k_buffer[loc] = k_BGD.view(-1, *k_buffer.shape[1:]).to(k_buffer.dtype)
         v_buffer[loc] = v_BGD.view(-1, *v_buffer.shape[1:]).to(v_buffer.dtype)
-    out_BHD.copy_(
-        _attend_to_sequence(
-            q_BHD, k_buffer, v_buffer, k_scale, v_scale, req_to_token, req_pool_indices, seq_lens, int(seq_lens.max()),
-            scaling, logit_cap, sliding_window, sinks,
-        )
-    )  # fmt: skip
-
-
-def _attend_to_sequence(
-    q_BHD: torch.Tensor,
-    k_buffer: torch.Tensor,
-    v_buffer: torch.Tensor,
-    k_scale: float,
-    v_scale: float,
-    req_to_token: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    seq_lens: torch.Tensor,
-    S: int,
-    scaling: float,
-    logit_cap: float,
-    sliding_window: int,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
-    """What the last token of each request sees of its sequence, [B, H, D]."""
-    seq_B1, slot_S = seq_lens.long().view(-1, 1), torch.arange(S)
+    B, S = seq_lens.numel(), int(seq_lens.max())
+    seq_B1, slot_S = seq_lens.long().view(B, 1), torch.arange(S)
     mask_BS = slot_S < seq_B1
     if sliding_window > 0:
         mask_BS = mask_BS & (seq_B1 - 1 - slot_S < sliding_window)
     k_BSGD, v_BSGD = _gather_kv(
         k_buffer, v_buffer, k_scale, v_scale, req_to_token, req_pool_indices, S, seq_lens, q_BHD.dtype
     )
-    return _attend(q_BHD[:, None], k_BSGD, v_BSGD, mask_BS[:, None], scaling, logit_cap, sinks)[:, 0]
+    out_B1HD = _attend(q_BHD[:, None], k_BSGD, v_BSGD, mask_BS[:, None], scaling, logit_cap, sinks)
+    out_BHD.copy_(out_B1HD[:, 0])
 
 
 def _refuse_cross_attention(operator: str, is_cross_attention: bool) -> None:

@@ -114,7 +114,7 @@ def test_decode_attention(seed, logit_cap, window, with_sinks):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("kind", ["causal", "bidirectional", "tree"])
+@pytest.mark.parametrize("kind", ["causal", "bidirectional", "tree", "undrafted"])
 @pytest.mark.parametrize(("logit_cap", "window"), [(0.0, 0), (5.0, 0), (0.0, 4)])
 def test_extend_attention(seed, kind, logit_cap, window):
     torch.manual_seed(seed)
@@ -124,6 +124,8 @@ def test_extend_attention(seed, kind, logit_cap, window):
         cache.seq_lens = cache.seq_lens.clamp(min=N)
         extend = torch.full((B,), N)
         seen_BNN = naive.build_tree(*random_drafts(B, 2, 4, N), cache.seq_lens, 2, N)[0]
+    elif kind == "undrafted":  # a tree of its root alone
+        extend, seen_BNN = torch.ones(B, dtype=torch.long), torch.ones(B, 1, 1, dtype=torch.bool)
     else:
         extend = torch.minimum(torch.randint(1, 8, (B,)), cache.seq_lens)
     start = extend.cumsum(0) - extend
@@ -131,7 +133,7 @@ def test_extend_attention(seed, kind, logit_cap, window):
     attention.extend_attention_cpu(
         q, None, None, out, cache.k, cache.v, 1.0, 1.0, cache.req_to_token, cache.req_pool_indices, cache.seq_lens,
         extend, start, int(extend.max()), D**-0.5, logit_cap, False, window, None, None,
-        seen_BNN.flatten() if kind == "tree" else None, kind != "bidirectional",
+        seen_BNN.flatten() if kind in ("tree", "undrafted") else None, kind != "bidirectional",
     )  # fmt: skip
     for b in range(B):
         keys, values = cache.of(b)
