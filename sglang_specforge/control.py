@@ -27,7 +27,7 @@ from sglang_specforge.reader import Lease, Reader, ReaderHeld
 from sglang_specforge.settings import Run
 from sglang_specforge.supervisor import TrainerSupervisor
 from sglang_specforge.swaps import DraftHeld, Engine, NotAttached, SwapRefused, Swaps, UnknownVersion
-from sglang_specforge.watch import Watch, by_slice, by_version
+from sglang_specforge.watch import Watch, by_prompt, by_slice, by_version
 
 logger = logging.getLogger(__name__)
 
@@ -143,6 +143,7 @@ class ControlService:
             "acceptance": summary(export["committed"] for export in exports),
             "acceptance_by_version": by_version(exports),
             "acceptance_by_slice": {name: found for name, found in by_slice(exports).items() if name != ALL},
+            "acceptance_by_prompt_tokens": by_prompt(exports),
             "tokens": {
                 "captured": captured,
                 "trained": ledger.trained,

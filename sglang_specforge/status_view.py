@@ -17,6 +17,7 @@ def render(status: dict[str, Any]) -> Table:
 def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
     draft, trainer, tokens = status["draft"], status["trainer"], status["tokens"]
     by_version, by_slice = status["acceptance_by_version"], status["acceptance_by_slice"]
+    by_prompt = status["acceptance_by_prompt_tokens"]
     dropped = {reason: count for reason, count in tokens["dropped"].items() if count}
     rows = [
         ("draft version", f"{draft['active_version']} active, {draft['swaps']} swaps"),
@@ -25,6 +26,7 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
         ("acceptance length", f"{_number(status['acceptance']['length'])} overall"),
         ("  by version", "  ".join(f"{v}: {n['length']:.2f}" for v, n in list(by_version.items())[-8:]) or "-"),
         ("  of slices", "  ".join(f"{name}: {n['length']:.2f}" for name, n in by_slice.items()) or "-"),
+        ("  by prompt", "  ".join(f"<= {n}: {found['length']:.2f}" for n, found in by_prompt.items()) or "-"),
         ("  drift", _moves(draft["drift"]["moved"])),
         ("requests captured", _requests(status["export"])),
         ("  carried by", ", ".join(sorted({_transport(export) for export in status["export"]}))),

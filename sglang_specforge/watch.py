@@ -81,5 +81,11 @@ def by_slice(exports: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return _summaries(histograms, sorted({name for by_slice in histograms for name in by_slice}))
 
 
+def by_prompt(exports: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """``acceptance.summary`` of each class of prompt lengths, by its longest, over all exporters."""
+    histograms = [export["committed_by_prompt"] for export in exports]
+    return _summaries(histograms, sorted({n for by_length in histograms for n in by_length}, key=int))
+
+
 def _summaries(histograms: list[dict[str, Histogram]], names: list[str]) -> dict[str, dict[str, Any]]:
     return {name: summary(counts[name] for counts in histograms if name in counts) for name in names}

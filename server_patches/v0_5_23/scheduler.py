@@ -152,8 +152,9 @@ def _capture_verify(batch: Any, result: Any) -> None:
             aux_N3H, last_NH, tokens_N = (t.view(B, R, -1)[rows].flatten(0, 1) for t in (aux_N3H, last_NH, tokens_N))
         states, tokens_N = {"aux_N3H": aux_N3H, "last_NH": last_NH}, tokens_N.view(-1)
     requests = [one.request for _, one in admitted if one.left_out is None]
-    slices = [one.request.slice for _, one in admitted if one.request.is_counted]
-    verified = Verified(R, chain, facts_BF, picked, counted, slices, window, standings, seconds)
+    served = [one.request for _, one in admitted if one.request.is_counted]
+    slices, prompts = [request.slice for request in served], [request.prompt_tokens for request in served]
+    verified = Verified(R, chain, facts_BF, picked, counted, slices, prompts, window, standings, seconds)
     _capture(requests, states, tokens_N, verified=verified)
 
 

@@ -1,4 +1,5 @@
-"""How many tokens verifications commit: overall, by draft version, slice, and window of an A/B (exporter thread).
+"""How many tokens verifications commit: overall, by draft version, slice, prompt length, and window of an A/B (exporter
+thread).
 
 A histogram holds, at index n, the verifications of a request that committed n tokens, the bonus token included: enough
 for the acceptance length and for how often the draft was right at each depth.
@@ -9,8 +10,11 @@ from collections.abc import Iterable
 from enum import IntEnum
 from typing import Any
 
+from sglang_specforge.export.pace import size_class
+
 Histogram = list[int]
 CARRIED_OVER_PASSES = 8  # verifications of a running request that a window leaves out at its beginning
+_SHORT = 128  # tokens of a prompt: the first class, each next one twice as long
 _VERSIONS, _WINDOWS, _SLICES = 32, 8, 32  # the newest, that are kept apart; of slices, those last served
 
 
@@ -29,6 +33,7 @@ class Acceptance:
         self._total: Histogram = []
         self._by_version: dict[int, Histogram] = {}
         self._by_slice: OrderedDict[str, Histogram] = OrderedDict()
+        self._by_prompt: dict[int, Histogram] = {}  # by longest prompt of a class
         self._by_window: dict[int, list[Histogram]] = {}  # by Standing
 
     def count(
@@ -36,16 +41,18 @@ class Acceptance:
         version: int,
         committed: list[int],
         slices: Iterable[str],
+        prompts: Iterable[int],
         window: int = 0,
         standings: Iterable[int] = (),
     ) -> None:
-        """One pass: the tokens that it committed for each request, and the request's slice ("": none); in a window,
-        with each one's ``Standing``."""
+        """One pass: the tokens that it committed for each request, the request's slice ("": none) and the tokens of its
+        prompt; in a window, with each one's ``Standing``."""
         if not committed:
             return
         by_version = self._by_version.setdefault(version, [])
-        for tokens, name in zip(committed, slices, strict=True):
+        for tokens, name, prompt in zip(committed, slices, prompts, strict=True):
             _add(self._total, tokens)
+            _add(self._by_prompt.setdefault(max(_SHORT, 1 << size_class(prompt)), []), tokens)
             _add(by_version, tokens)
             if name:
                 _add(self._by_slice.setdefault(name, []), tokens)
@@ -64,6 +71,7 @@ class Acceptance:
             "committed": list(self._total),
             "committed_by_version": {str(v): list(counts) for v, counts in list(self._by_version.items())},
             "committed_by_slice": {name: list(counts) for name, counts in list(self._by_slice.items())},
+            "committed_by_prompt": {str(n): list(counts) for n, counts in sorted(self._by_prompt.copy().items())},
             "committed_by_window": {
                 str(w): [list(counts) for counts in by_standing] for w, by_standing in list(self._by_window.items())
             },

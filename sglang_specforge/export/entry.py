@@ -37,6 +37,7 @@ class Verified:
     picked: Sequence[int]  # the captured requests
     counted: Sequence[int]  # those whose acceptance counts
     slices: Sequence[str]  # of each counted request
+    prompts: Sequence[int]  # likewise: tokens of its prompt
     window: int = 0  # of an A/B; 0: none
     standings: Sequence[int] = ()  # in a window, each counted request's ``acceptance.Standing``
     seconds: float | None = None  # of the pass, where ``pace.Pace`` could tell

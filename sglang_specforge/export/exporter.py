@@ -169,7 +169,9 @@ class Exporter:
     def _count(self, verified: Verified, version: int) -> None:
         committed = verified.committed()
         if verified.drafted:
-            self._acceptance.count(version, committed, verified.slices, verified.window, verified.standings)
+            self._acceptance.count(
+                version, committed, verified.slices, verified.prompts, verified.window, verified.standings
+            )
         if verified.seconds is not None:
             self.pace.count(verified.drafted, len(verified.facts_BF), verified.seconds, committed)
 

@@ -292,8 +292,10 @@ def test_a_fall_of_acceptance_with_the_draft_unchanged_is_drift_of_the_slice_tha
     assert "of slice 'turning' fell from" in told[0]["why"]
     assert moved["turning"]["before"] == pytest.approx(usual)
     assert moved["turning"]["fell_to"] < usual
-    slices = client.status()["acceptance_by_slice"]
+    status = client.status()
+    slices, lengths = status["acceptance_by_slice"], status["acceptance_by_prompt_tokens"]
     assert slices["steady"]["length"] > slices["turning"]["length"]
+    assert sum(found["passes"] for found in lengths.values()) == status["acceptance"]["passes"]
     noted = json.loads((client.run_dir / "versions" / "manifest.json").read_text())["moved"]
     assert noted["turning"] > 0  # where the trainer reads it
 

@@ -112,7 +112,7 @@ def test_the_tokens_of_a_prompt_that_another_server_prefills_go_with_the_first_v
     for request in requests:
         request.prompt = [7, 8]
     facts = torch.tensor([[2, 1, 4, 5], [3, 2, 4, 5]])
-    verified = Verified(2, True, facts, picked=[0, 1], counted=[0, 1], slices=[""] * 2)
+    verified = Verified(2, True, facts, picked=[0, 1], counted=[0, 1], slices=[""] * 2, prompts=[5] * 2)
     entry = copier.copy(requests, 0, states(4), torch.arange(4), verified=verified)
     assert [span.prefix for span in entry.spans()] == [bytes([7, 0, 0, 0, 8, 0, 0, 0]), b""]
 
@@ -124,7 +124,7 @@ FACTS = torch.tensor([[10, 2, 4, 7, 5, 3], [15, 1, 0, 0, 0, 0], [20, 4, 4, 8, 5,
 def test_verify_spans_are_the_accepted_paths_of_the_captured_requests(chain):
     copier = HostCopier(HostRing(1 << 16, False), torch.device("cpu"))
     requests = [Request("a", 4), Request("b", 4), Request("c", 4, 2, slice="code")]
-    verified = Verified(4, chain, FACTS, picked=[0, 2, 3], counted=[0, 1, 2, 3], slices=[""] * 4)
+    verified = Verified(4, chain, FACTS, picked=[0, 2, 3], counted=[0, 1, 2, 3], slices=[""] * 4, prompts=[5] * 4)
     entry = copier.copy(requests, 0, states(12), torch.arange(12), verified=verified)
     assert sum(entry.verified.committed()) == 8
     assert entry.spans() == [
@@ -175,17 +175,30 @@ def test_a_reader_that_stops_reading_costs_requests_and_never_a_wait(endpoint):
 
 def test_acceptance_is_counted_of_passes_that_are_not_captured(endpoint):
     exporter, copier = exporting(endpoint, 1024)
-    verified = Verified(4, True, FACTS, picked=[], counted=[0, 3], slices=["", "code"])
+    verified = Verified(4, True, FACTS, picked=[], counted=[0, 3], slices=["", "code"], prompts=[5, 300])
     exporter.capture(copier.copy([], 2, {}, torch.empty(0), verified=verified))
     wait_for(lambda: sum(exporter.counters()["committed"]) == 2)
     expected = {
         "committed": [0, 1, 1],
         "committed_by_version": {"2": [0, 1, 1]},
         "committed_by_slice": {"code": [0, 1]},
+        "committed_by_prompt": {"128": [0, 0, 1], "512": [0, 1]},
         "committed_by_window": {},
     }
     assert exporter.counters().items() >= expected.items()
     assert exporter.counters()["captured"] == 0
+    exporter.stop()
+
+
+def test_a_step_that_drafted_nothing_is_timed_and_is_no_verification_of_a_draft(endpoint):
+    exporter, copier = exporting(endpoint, 1024)
+    facts = torch.tensor([[7, 1, 50], [9, 1, 51]])
+    verified = Verified(1, True, facts, picked=[], counted=[0, 1], slices=["", ""], prompts=[5, 5], seconds=0.5)
+    exporter.capture(copier.copy([], 2, {}, torch.empty(0), verified=verified))
+    wait_for(lambda: exporter.counters()["pace"]["undrafted"])
+    assert exporter.counters()["pace"] == {"drafted": {}, "undrafted": {"2": [1, 0.5, 2, 2]}}
+    assert exporter.counters()["committed"] == []
+    assert exporter.counters()["committed_by_version"] == {}
     exporter.stop()
 
 
