@@ -130,7 +130,7 @@ class Governor:
             return
         if self._resting is Depth.ASLEEP:
             await self._tell(Depth.WARM)
-            await asyncio.sleep(_WARM_UP_S)
+            await self._pause(_WARM_UP_S)
         other = await self._turn(Depth.WARM if self._resting is Depth.ON else Depth.ON)
         on, off = (resting, other) if self._resting is Depth.ON else (other, resting)
         found = compare(on, off)
@@ -159,15 +159,24 @@ class Governor:
         self._resting = resting
 
     async def _turn(self, depth: Depth) -> Window:
-        """What passes of this depth did within about a second; nothing where there is no traffic."""
+        """What passes of this depth did within about a second; nothing where there is too little traffic."""
         await self._tell(depth)
         before, begun_s = await self._paced(depth), time.monotonic()
-        while True:
-            await asyncio.sleep(_TURN_S)
+        while self._swaps.holder is None and time.monotonic() - begun_s < _LONGEST_TURN_S:
+            await self._pause(_TURN_S)
             window = _between(before, await self._paced(depth))
-            enough = any(passes >= _MIN_PASSES for passes, *_ in window.values())
-            if enough or time.monotonic() - begun_s > _LONGEST_TURN_S or self._swaps.holder is not None:
-                return window if enough else {}
+            most = max((passes for passes, *_ in window.values()), default=0)
+            if most >= _MIN_PASSES:
+                return window
+            if not most:
+                break
+        return {}
+
+    async def _pause(self, seconds: float) -> None:
+        """Whoever comes to hold the draft does not wait for it."""
+        end_s = time.monotonic() + seconds
+        while self._swaps.holder is None and (left_s := end_s - time.monotonic()) > 0:
+            await asyncio.sleep(min(left_s, _LOOK_EVERY_S))
 
     async def _paced(self, depth: Depth) -> Window:
         kind, total = "drafted" if depth is Depth.ON else "undrafted", {}

@@ -138,7 +138,8 @@ def _settle_drafting(args: argparse.Namespace, settings: DraftTrainingSettings) 
     cannot = {
         "--speculative-eagle-topk": (getattr(args, "speculative_eagle_topk", None) or 1) > 1,
         "--enable-dp-attention": getattr(args, "enable_dp_attention", False),
-        "--enable-lora": getattr(args, "enable_lora", False) or getattr(args, "lora_paths", None),
+        "--enable-lora": getattr(args, "enable_lora", False),
+        "--lora-paths": getattr(args, "lora_paths", None),
         "--enable-hisparse": getattr(args, "enable_hisparse", False),
         "--disaggregation-mode": _disaggregation(args) != "null",
     }
