@@ -44,6 +44,10 @@ class Stretch:
         return (self.last.committed - self.first.committed) / passes if passes else float("nan")
 
     @property
+    def shown_length(self) -> str:
+        return "-" if self.last.passes == self.first.passes else f"{self.acceptance_length:.2f}"
+
+    @property
     def tokens_per_s(self) -> float:
         return (self.last.completion_tokens - self.first.completion_tokens) / max(1e-9, self.last.s - self.first.s)
 
@@ -68,14 +72,14 @@ class Curve:
     def line(self) -> str:
         look = self.looks[-1]
         return (
-            f"{look.s:4.0f} s  acceptance length {self.now.acceptance_length:.2f}  version {look.version}  "
+            f"{look.s:4.0f} s  acceptance length {self.now.shown_length}  version {look.version}  "
             f"{look.trained} tokens trained  {self.now.tokens_per_s:.0f} tokens/s"
         )
 
     def table(self, tally: Tally, until_s: float) -> Table:
         table = Table(show_header=False, title="traffic")
         table.add_row("time", f"{self.looks[-1].s:.0f} of {until_s:.0f} s")
-        table.add_row(f"acceptance length, last {WINDOW_S:.0f} s", f"{self.now.acceptance_length:.2f}")
+        table.add_row(f"acceptance length, last {WINDOW_S:.0f} s", self.now.shown_length)
         table.add_row(f"tokens/s, last {WINDOW_S:.0f} s", f"{self.now.tokens_per_s:.0f}")
         table.add_row("requests", f"{tally.requests}, {len(tally.failures)} failed")
         return table
@@ -92,7 +96,10 @@ class Curve:
                 axes.axvline(after.s, color="grey", linewidth=0.8, linestyle=":")
                 axes.annotate(f"{after.version}", (after.s, 1), xycoords=("data", "axes fraction"), fontsize=7)
         axes.set(xlabel="seconds of traffic", ylabel="tokens committed per verify step", ylim=(0.9, None))
-        axes.set_title("Acceptance length while the server serves (dotted: a draft version goes live)", pad=14)
+        axes.set_title(
+            "Acceptance length while the server serves (dotted: a draft version goes live; gap: nothing is drafted)",
+            pad=14,
+        )
         figure.savefig(file, dpi=120)
 
     def up_to(self, index: int, window_s: float) -> Stretch:
