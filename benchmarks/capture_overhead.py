@@ -9,7 +9,6 @@ geometric mean of the rounds' ratios with its 95% confidence interval, what a pa
 much was captured.
 """
 
-import math
 import random
 import statistics
 import subprocess
@@ -24,9 +23,8 @@ from pathlib import Path
 from typing import Annotated
 
 import httpx
-import scipy.stats
 import typer
-from measuring import TINY_TARGET, save_record, start_capturing
+from measuring import TINY_TARGET, mean_ratio, save_record, start_capturing
 from rich.console import Console
 from rich.table import Table
 
@@ -127,10 +125,7 @@ def take_rounds(server: ServerProcess, rounds: int, requests: int, tokens: int) 
 def ratio(measured: list[Measured], arm: str) -> tuple[float, float, float]:
     """Throughput against the paused arm of the same round: geometric mean, and its 95% confidence interval."""
     speed = {(m.round, m.arm): m.tokens_per_s for m in measured}
-    logs = [math.log(speed[r, arm] / speed[r, "paused"]) for r, a in speed if a == "paused"]
-    mean, error = statistics.fmean(logs), statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else 0.0
-    reach = error * scipy.stats.t.ppf(0.975, len(logs) - 1)
-    return math.exp(mean), math.exp(mean - reach), math.exp(mean + reach)
+    return mean_ratio([speed[r, arm] / speed[r, "paused"] for r, a in speed if a == "paused"])
 
 
 def main(

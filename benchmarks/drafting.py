@@ -11,7 +11,6 @@ trials are part of what is measured.
 
 import asyncio
 import contextlib
-import math
 import random
 import statistics
 import sys
@@ -19,10 +18,9 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
-import scipy.stats
 import typer
 from capture_overhead import Consumer
-from measuring import TINY_TARGET, save_record, start_capturing
+from measuring import TINY_TARGET, mean_ratio, save_record, start_capturing, start_plain, stop_at_failures
 from rich.console import Console
 from rich.table import Table
 
@@ -32,7 +30,6 @@ from sglang_specforge.traffic import Tally, drive, stream_prompts
 
 SERVING = ("--max-total-tokens", 16384, "--max-running-requests", 16)
 AUTO = ("--draft-drafting", "auto", "--draft-gate", "off", "--draft-training-draft-vocab-size", 32000)  # as the demo's
-PLAIN = ("--dtype", "float32", "--log-level", "warning", "--sleep-on-idle")
 LOAD = {"concurrency": 8, "max_tokens": 96, "temperature": 0.0}
 ARMS = ("no speculation", "nobody attached", "consumer")
 REQUESTS = 40  # of a turn
@@ -41,8 +38,7 @@ REQUESTS = 40  # of a turn
 def tokens_per_s(server: ServerProcess) -> float:
     tally = Tally()
     asyncio.run(drive(server.url, stream_prompts(seed=0), tally, requests=REQUESTS, **LOAD))
-    if tally.failures:
-        raise SystemExit(f"{len(tally.failures)} requests failed, the first with {tally.failures[0]}")
+    stop_at_failures(tally)
     return tally.tokens_per_s
 
 
@@ -69,14 +65,6 @@ def take_rounds(plain: ServerProcess, auto: ServerProcess, consumer: Consumer, r
     return found
 
 
-def against_plain(found: list[dict[str, float]], arm: str) -> tuple[float, float, float]:
-    """Geometric mean of the rounds' ratios, and its 95% confidence interval."""
-    logs = [math.log(one[arm] / one["no speculation"]) for one in found]
-    mean = statistics.fmean(logs)
-    reach = scipy.stats.t.ppf(0.975, len(logs) - 1) * statistics.stdev(logs) / math.sqrt(len(logs))
-    return math.exp(mean), math.exp(mean - reach), math.exp(mean + reach)
-
-
 def main(
     target: Annotated[Path, typer.Option(help="Folder of the target.")] = TINY_TARGET,
     draft: Annotated[Path | None, typer.Option(help="Folder of a draft that has learnt.")] = None,
@@ -84,23 +72,13 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
 ) -> None:
     rounds = 3 if quick else 8
-    table = Table(title=f"{rounds} rounds of {REQUESTS} requests")
-    for column in (
-        "draft",
-        "drafting",
-        "break-even",
-        "last gain",
-        "arm",
-        "tokens/s",
-        "ratio",
-        "95% interval",
-    ):
-        table.add_column(column)
+    table = Table("draft", "drafting", "break-even", "last gain", "arm", "tokens/s", "ratio", "95% interval",
+                  title=f"{rounds} rounds of {REQUESTS} requests")  # fmt: skip
     ratios, samples = {}, []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with (
-            ServerProcess.start(folder / "plain", ["--model-path", target, *PLAIN, *SERVING]) as plain,
+            start_plain(target, folder, *SERVING) as plain,
             start_capturing(target, folder, *SERVING, *AUTO) as auto,
         ):
             consumer = Consumer(auto)
@@ -112,7 +90,7 @@ def main(
                 state = drafting(auto)
                 told = [label, state["depth"], f"{state['break_even_length']:.2f}", f"{state['gain']:.2f}"]
                 for arm in ARMS:
-                    ratio, low, high = against_plain(found, arm)
+                    ratio, low, high = mean_ratio([one[arm] / one["no speculation"] for one in found])
                     speed = statistics.median(one[arm] for one in found)
                     table.add_row(*told, arm, f"{speed:.0f}", f"{ratio:.3f}", f"{low:.3f} to {high:.3f}")
                     told = [""] * len(told)

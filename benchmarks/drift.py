@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import httpx
 import typer
-from measuring import TINY_TARGET, save_record
+from measuring import TINY_TARGET, save_record, stop_at_failures
 from rich.console import Console
 from rich.table import Table
 
@@ -43,8 +43,7 @@ async def learn(server: ServerProcess, families: Sequence[traffic.Family], phase
                 if len(curve.looks) % 10 == 0:
                     print(f"{family}: {curve.line()}", flush=True)
         phases.append(len(curve.looks) - seen)
-    if tally.failures:
-        raise SystemExit(f"{len(tally.failures)} requests failed, the first with {tally.failures[0]}")
+    stop_at_failures(tally)
     return curve, phases
 
 

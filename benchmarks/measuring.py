@@ -1,19 +1,24 @@
-"""What the benchmarks share: peak memory of a call, a server that captures, and the record of a run."""
+"""What the benchmarks share: peak memory of a call, a mean of ratios, servers, and the record of a run."""
 
 import ctypes
 import json
+import math
 import platform
+import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import scipy.stats
 import torch
 
 from sglang_specforge.server_process import ServerProcess
+from sglang_specforge.traffic import Tally
 
 TINY_TARGET = Path(__file__).parents[1] / "examples" / "tiny_target"
 _M_MMAP_THRESHOLD = -3
+_SERVED = ("--dtype", "float32", "--log-level", "warning", "--sleep-on-idle")
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
@@ -30,11 +35,30 @@ def peak_bytes(call: Callable[[], Any]) -> int:
 def start_capturing(target: Path, folder: Path, *arguments: Any) -> ServerProcess:
     """A real server in float32 without a trainer: whoever binds its spans endpoint gets what it computes."""
     given = [
-        "--model-path", target, "--dtype", "float32", "--log-level", "warning", "--sleep-on-idle",
+        "--model-path", target, *_SERVED,
         "--enable-draft-training", "--draft-training-trainer", "none", "--draft-training-run-dir", folder / "run",
         "--draft-training-draft-vocab-size", 768, "--draft-drafting", "always", *arguments,
     ]  # fmt: skip
     return ServerProcess.start(folder / "log", given)
+
+
+def start_plain(target: Path, folder: Path, *arguments: Any) -> ServerProcess:
+    """A real server in float32 without speculation and without the plugin: the peer."""
+    return ServerProcess.start(folder / "plain", ["--model-path", target, *_SERVED, *arguments])
+
+
+def stop_at_failures(tally: Tally) -> None:
+    """A figure of a load that failed in part says nothing."""
+    if tally.failures:
+        raise SystemExit(f"{len(tally.failures)} requests failed, the first with {tally.failures[0]}")
+
+
+def mean_ratio(ratios: Sequence[float]) -> tuple[float, float, float]:
+    """Geometric mean, and its 95% confidence interval."""
+    logs = [math.log(ratio) for ratio in ratios]
+    mean, error = statistics.fmean(logs), statistics.stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else 0.0
+    reach = error * scipy.stats.t.ppf(0.975, len(logs) - 1)
+    return math.exp(mean), math.exp(mean - reach), math.exp(mean + reach)
 
 
 def save_record(

@@ -20,7 +20,7 @@ from typing import Annotated
 import httpx
 import numpy as np
 import typer
-from measuring import TINY_TARGET, save_record, start_capturing
+from measuring import TINY_TARGET, save_record, start_capturing, start_plain
 from rich.console import Console
 from rich.table import Table
 from steady_load import Load, Window, by_turns, waits_ms
@@ -31,7 +31,6 @@ from sglang_specforge.server_process import ServerProcess
 EVERY_S = 1.0
 SERVING = ("--max-total-tokens", 16384, "--max-running-requests", 16)
 UNWATCHED = ("--draft-gate", "off")
-PLAIN = ("--dtype", "float32", "--log-level", "warning", "--sleep-on-idle")
 
 
 class Changes:
@@ -89,7 +88,7 @@ def main(
                 server, "swap", lambda i: post(server, "/draft/activate", {"version": versions[i % 2]}), minutes
             )
             longest_ms = 1000 * server.status()["draft"]["longest_swap_s"]
-        with ServerProcess.start(folder / "plain", ["--model-path", target, *PLAIN, *SERVING]) as server:
+        with start_plain(target, folder, *SERVING) as server:
             body = {"model_path": str(target)}
             measured["update_weights_from_disk"] = measure(
                 server,

@@ -145,7 +145,6 @@ class DraftTrainingSettings(OnlineSettings):
         "where live acceptance falls. propose: they wait for POST /draft/activate. off: all go live.",
         json_schema_extra={"flag": "draft-gate"},
     )
-
     drafting: Drafting = Field(
         "auto",
         description="auto: steps draft only while that makes answers faster, which is tried now and then. always: "

@@ -61,8 +61,7 @@ def gate(
     why: Why = "",
 ) -> None:
     """Choose what becomes of versions that the trainer publishes."""
-    ask("POST", url, "/draft/gate", api_key, json={"mode": mode, "why": why}, timeout=30)
-    console.print(f"gate: {mode}")
+    _set_mode("gate", mode, url, api_key, why)
 
 
 def drafting(
@@ -72,8 +71,7 @@ def drafting(
     why: Why = "",
 ) -> None:
     """Choose whether steps draft, of a server that was started with --draft-drafting auto or never."""
-    ask("POST", url, "/draft/drafting", api_key, json={"mode": mode, "why": why}, timeout=30)
-    console.print(f"drafting: {mode}")
+    _set_mode("drafting", mode, url, api_key, why)
 
 
 def events(
@@ -93,6 +91,11 @@ def events(
         said = ", ".join(f"{key} {jsonlib.dumps(value)}" for key, value in facts.items())
         table.add_row(event["time"], event["event"], event["who"], said)
     console.print(table)
+
+
+def _set_mode(what: str, mode: str, url: str, api_key: str | None, why: str) -> None:
+    ask("POST", url, f"/draft/{what}", api_key, json={"mode": mode, "why": why}, timeout=30)
+    console.print(f"{what}: {mode}")
 
 
 def _say(activated: dict[str, Any]) -> None:

@@ -71,8 +71,7 @@ class Watch:
 
 def by_version(exports: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """``acceptance.summary`` of each draft version, over all exporters."""
-    histograms = [export["committed_by_version"] for export in exports]
-    return _summaries(histograms, sorted({v for by_version in histograms for v in by_version}, key=int))
+    return _by_number([export["committed_by_version"] for export in exports])
 
 
 def by_slice(exports: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -83,8 +82,11 @@ def by_slice(exports: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def by_prompt(exports: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """``acceptance.summary`` of each class of prompt lengths, by its longest, over all exporters."""
-    histograms = [export["committed_by_prompt"] for export in exports]
-    return _summaries(histograms, sorted({n for by_length in histograms for n in by_length}, key=int))
+    return _by_number([export["committed_by_prompt"] for export in exports])
+
+
+def _by_number(histograms: list[dict[str, Histogram]]) -> dict[str, dict[str, Any]]:
+    return _summaries(histograms, sorted({number for counts in histograms for number in counts}, key=int))
 
 
 def _summaries(histograms: list[dict[str, Histogram]], names: list[str]) -> dict[str, dict[str, Any]]:

@@ -52,7 +52,7 @@ class Acceptance:
         by_version = self._by_version.setdefault(version, [])
         for tokens, name, prompt in zip(committed, slices, prompts, strict=True):
             _add(self._total, tokens)
-            _add(self._by_prompt.setdefault(max(_SHORT, 1 << size_class(prompt)), []), tokens)
+            _add(self._by_prompt.setdefault(max(_SHORT, size_class(prompt)), []), tokens)
             _add(by_version, tokens)
             if name:
                 _add(self._by_slice.setdefault(name, []), tokens)
@@ -71,7 +71,7 @@ class Acceptance:
             "committed": list(self._total),
             "committed_by_version": {str(v): list(counts) for v, counts in list(self._by_version.items())},
             "committed_by_slice": {name: list(counts) for name, counts in list(self._by_slice.items())},
-            "committed_by_prompt": {str(n): list(counts) for n, counts in sorted(self._by_prompt.copy().items())},
+            "committed_by_prompt": {str(n): list(counts) for n, counts in list(self._by_prompt.items())},
             "committed_by_window": {
                 str(w): [list(counts) for counts in by_standing] for w, by_standing in list(self._by_window.items())
             },

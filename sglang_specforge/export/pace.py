@@ -47,12 +47,12 @@ class Pace:
         """By ``drafted``/``undrafted`` and by the largest batch size of a class: passes, seconds, verifications of a
         request, and tokens they committed, since the server's start."""
         found: dict[str, dict[str, list[float]]] = {"drafted": {}, "undrafted": {}}
-        for (drafted, size), t in list(self._totals.items()):
+        for (drafted, largest), t in list(self._totals.items()):
             kind = found["drafted" if drafted else "undrafted"]
-            kind[str(1 << size)] = [t.passes, t.seconds, t.verifications, t.tokens]
+            kind[str(largest)] = [t.passes, t.seconds, t.verifications, t.tokens]
         return found
 
 
-def size_class(requests: int) -> int:
-    """1, 2, 3 to 4, 5 to 8, ...: 0, 1, 2, 3, ..."""
-    return max(0, requests - 1).bit_length()
+def size_class(count: int) -> int:
+    """Of 1, 2, 3 to 4, 5 to 8, ..., the largest: 1, 2, 4, 8, ..."""
+    return 1 << max(0, count - 1).bit_length()
