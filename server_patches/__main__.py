@@ -3,10 +3,13 @@
 import subprocess
 import sys
 import tempfile
+from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
+from packaging.utils import InvalidWheelFilename, parse_wheel_filename
 from rich.console import Console
 from rich.table import Table
 
@@ -27,32 +30,45 @@ def check(
     version: Annotated[
         str | None, typer.Option("--sglang", help="Another version: its wheel is downloaded and read, not installed.")
     ] = None,
-    wheel: Annotated[Path | None, typer.Option(help="A wheel of SGLang that is there already.")] = None,
+    wheel: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="A wheel of SGLang that is there already.")
+    ] = None,
 ) -> None:
     """Print each seam, what ours does there, and whether it holds; exit with 1 where one does not."""
+    from server_patches.supported import support_of
+
     with tempfile.TemporaryDirectory() as folder:
         if version:
             wheel = _download(version, Path(folder))
-        view = Sources.of_wheel(wheel) if wheel else Imported()
-        raise typer.Exit(_report(view, wheel.name if wheel else "the installed sglang"))
+        if wheel:
+            support = support_of(_version_of(wheel))
+            raise typer.Exit(_report(support, Sources.of_wheel(wheel), wheel.name))
+    raise typer.Exit(_report(support_of(metadata.version("sglang")), Imported(), "the installed sglang"))
 
 
-def _report(view: View, what: str) -> int:
-    from server_patches.v0_5_23 import SUPPORTED, TARGETS
-
-    table = Table(title=f"seams of {SUPPORTED} in {what}")
+def _report(support: ModuleType, view: View, what: str) -> int:
+    table = Table(title=f"seams of sglang {support.VERSION} in {what}")
     for column in ("holds", "seam", "use"):
         table.add_column(column, overflow="fold")
     problems = []
-    for seam in TARGETS:
+    for seam in support.TARGETS:
         problem = difference(seam, view)
         problems += [problem] if problem else []
         table.add_row("no" if problem else "yes", seam.path, seam.use)
     console.print(table)
     for problem in problems:
         console.print(problem, markup=False, highlight=False)
-    console.print(f"{len(TARGETS) - len(problems)} of {len(TARGETS)} seams hold")
+    console.print(f"{len(support.TARGETS) - len(problems)} of {len(support.TARGETS)} seams hold")
     return 1 if problems else 0
+
+
+def _version_of(wheel: Path) -> str:
+    """Exits with 2 where the file's name is not a wheel's."""
+    try:
+        return str(parse_wheel_filename(wheel.name)[1])
+    except InvalidWheelFilename as error:
+        console.print(f"{wheel.name} is no wheel: {error}", markup=False)
+        raise typer.Exit(2) from error
 
 
 def _download(version: str, folder: Path) -> Path:

@@ -16,9 +16,11 @@ def plugin() -> None:
 
         register_hooks()
 
-    from server_patches import v0_5_23
-
     if Run.inherited() is None:
-        v0_5_23.register_flag_hooks()
+        from server_patches.common.launcher import register_flag_hooks
+
+        register_flag_hooks()
     else:
-        v0_5_23.register_scheduler_hooks()
+        from server_patches.supported import register_scheduler_hooks
+
+        register_scheduler_hooks()

@@ -1,4 +1,4 @@
-"""Where SGLang 0.5.23 assumes that a CPU has AMX, that CUDA wheels mean a GPU, or that CPUs have no EP, no PD and
+"""Where SGLang assumes that a CPU has AMX, that CUDA wheels mean a GPU, or that CPUs have no EP, no PD and
 one draft depth.
 
 Shapes: T tokens, H hidden, K experts a token, P pairs of a token and an expert of this rank.
@@ -12,11 +12,17 @@ from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from torch import Tensor
 
+from server_patches.cpu import v0_5_17
+
 
 def register_hooks() -> None:
     """Make the ``intel_amx`` backend, TP, EP and PD disaggregation run on the portable kernels."""
     # Set on the one module that chooses the attention backend: everywhere else AMX stays absent.
-    overrides.get_platform = _PlatformWithAMXKernels.of(overrides.get_platform)
+    if hasattr(overrides, "get_platform"):
+        overrides.get_platform = _PlatformWithAMXKernels.of(overrides.get_platform)
+    else:  # 0.5.17
+        overrides.cpu_has_amx_support = lambda: True
+        v0_5_17.register_hooks()
     HookRegistry.register(
         "sglang.srt.distributed.device_communicators.pynccl_wrapper.NCCLLibrary.__init__", _no_nccl, HookType.BEFORE
     )

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from server_patches.v0_5_23.consent import OPT_KEY, SLICE_KEY, take_headers
+from server_patches.common.consent import OPT_KEY, SLICE_KEY, take_headers
 
 
 def sampling_after(headers, sampling):

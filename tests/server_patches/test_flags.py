@@ -9,7 +9,7 @@ import sys
 import pytest
 from sglang.srt.server_args import ServerArgs
 
-from server_patches.v0_5_23 import flags
+from server_patches.common import flags
 from sglang_specforge.settings import DraftTrainingSettings
 from sglang_specforge.settings_flags import flag_of
 from tests.tiny import make_target

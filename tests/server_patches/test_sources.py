@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from server_patches.__main__ import app
 from server_patches.sources import Sources
+from server_patches.supported import SUPPORTS
 from server_patches.targets import Imported, Members, NotThere, Symbol, Target, difference
 from server_patches.v0_5_23 import TARGETS
 
@@ -107,8 +108,21 @@ def test_a_removed_method_is_named():
         gone.parameters("sglang.srt.speculative.eagle_worker_v2.EAGLEWorkerV2.verify")
 
 
+@pytest.mark.parametrize("version", [support.VERSION for support in SUPPORTS])
+def test_the_seams_hold_in_the_wheel_of_every_supported_version(version):
+    told = CliRunner().invoke(app, ["check", "--sglang", version])
+    assert told.exit_code == 0, told.output
+
+
+def test_a_file_that_is_not_named_as_a_wheel_is_refused(tmp_path):
+    (tmp_path / "sglang.zip").touch()
+    told = CliRunner().invoke(app, ["check", "--wheel", str(tmp_path / "sglang.zip")])
+    assert told.exit_code == 2
+    assert "sglang.zip is no wheel" in told.output
+
+
 def test_the_command_says_which_seams_hold_and_exits_with_1_where_one_does_not(tmp_path):
-    empty = tmp_path / "sglang-0.0.0-py3-none-any.whl"
+    empty = tmp_path / "sglang-0.5.23-py3-none-any.whl"
     empty.write_bytes(b"PK\x05\x06" + bytes(18))  # an archive of no files
     told = CliRunner().invoke(app, ["check", "--wheel", str(empty)])
     assert told.exit_code == 1

@@ -2,12 +2,20 @@
 
 import pytest
 
-from server_patches import v0_5_23
+from server_patches import supported, v0_5_17, v0_5_22, v0_5_23
 from server_patches.targets import IncompatibleSGLang, Members, Target, verify
 
 
 def test_every_target_is_as_expected():
-    v0_5_23.check()
+    supported.check()
+
+
+@pytest.mark.parametrize(
+    ("version", "support"),
+    [("0.5.14", v0_5_17), ("0.5.17", v0_5_17), ("0.5.22.post1", v0_5_22), ("0.5.23", v0_5_23), ("0.6.0rc1", v0_5_23)],
+)
+def test_a_version_gets_the_newest_support_that_is_not_newer(version, support):
+    assert supported.support_of(version) is support
 
 
 @pytest.mark.parametrize(

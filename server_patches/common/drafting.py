@@ -4,10 +4,7 @@ With no draft steps SGLang verifies the last token alone (a plain decode), and s
 committed unless it is told not to: its KV cache then is whole whenever drafting is switched on again.
 """
 
-from typing import Any
-
 from sglang.srt.environ import envs
-from sglang.srt.speculative.adaptive_runtime_state import AdaptiveController
 
 from sglang_specforge.drafting import Depth
 
@@ -36,10 +33,3 @@ class Switch:
 
     def on_verify_complete(self, num_correct_drafts_per_req: list[int], batch_size: int) -> None:
         return None
-
-
-def install(worker: Any) -> Switch:
-    """After ``EAGLEWorkerV2.__init__`` and before its ``init_cuda_graphs``, which prepares both depths."""
-    switch = Switch(worker.speculative_num_steps)
-    worker.adaptive_controller = AdaptiveController(worker, switch)
-    return switch

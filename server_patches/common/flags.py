@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from sglang.srt.configs.model_config import _get_and_verify_dtype
-from sglang.srt.plugins.hook_registry import HookRegistry
 from transformers import PretrainedConfig
 
+from server_patches.common.launcher import apply_run_hooks
+from server_patches.supported import check
 from server_patches.targets import IncompatibleSGLang
 from sglang_specforge.checkpoint import FINGERPRINT_KEY, CheckpointError, load_config
 from sglang_specforge.new_draft import import_draft, init_draft
@@ -54,9 +55,7 @@ def consume_flags(cls: type, args: argparse.Namespace) -> None:
 
 
 def _start_run(args: argparse.Namespace, settings: DraftTrainingSettings) -> None:
-    from server_patches import v0_5_23
-
-    v0_5_23.check()
+    check()
     _refuse_contradictions(args, settings)
     settings = _settle_drafting(args, settings)
     folder = resolve_target(args.model_path).absolute()
@@ -81,8 +80,7 @@ def _start_run(args: argparse.Namespace, settings: DraftTrainingSettings) -> Non
         control_endpoint=f"ipc://{sockets}/control",
         disaggregation=_disaggregation(args),
     ).export()
-    v0_5_23.register_launcher_hooks()
-    HookRegistry.apply_hooks()
+    apply_run_hooks()
 
 
 def _own_draft(settings: DraftTrainingSettings, target: Path, dtype: str) -> tuple[int, Path]:

@@ -1,0 +1,22 @@
+"""Hooks of the launcher's process, the same in every version: the flags, and what they start."""
+
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+
+def register_flag_hooks() -> None:
+    """The flags, and turning them into a run."""
+    from server_patches.common import flags
+
+    server_args = "sglang.srt.server_args.ServerArgs"
+    HookRegistry.register(f"{server_args}.add_cli_args", flags.add_flags, HookType.AFTER)
+    HookRegistry.register(f"{server_args}.from_cli_args", flags.consume_flags, HookType.BEFORE)
+
+
+def apply_run_hooks() -> None:
+    """Of a run: status routes, control service and trainer, around the HTTP server's life; headers."""
+    from server_patches.common import consent, http
+    from server_patches.common.seams import HTTP, MANAGER
+
+    HookRegistry.register(f"{MANAGER}.generate_request", consent.take_headers, HookType.BEFORE)
+    HookRegistry.register(f"{HTTP}.launch_server", http.launch_with_draft_training, HookType.AROUND)
+    HookRegistry.apply_hooks()

@@ -1,0 +1,114 @@
+"""Draft training in a scheduler process: made when SGLang has made its speculative worker.
+
+What differs between SGLang's versions is handed in by the support of a version.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
+from sglang.srt.layers.logits_processor import LogitsProcessor
+from sglang.srt.managers.schedule_batch import FINISH_ABORT
+from sglang.srt.runtime_context import get_parallel
+
+from server_patches.common.consent import OPT_KEY, SLICE_KEY, asked
+from server_patches.common.draft_weights import LiveDraft
+from server_patches.common.drafting import Switch
+from sglang_specforge.contracts.spans import Travel
+from sglang_specforge.draft_bank import DraftBank
+from sglang_specforge.export.admission import Admission
+from sglang_specforge.export.entry import HostCopier
+from sglang_specforge.export.exporter import Exporter
+from sglang_specforge.export.ring import HostRing
+from sglang_specforge.pull import Puller
+from sglang_specforge.settings import Run
+
+_LONGEST_SLICE = 64  # characters
+
+
+@dataclass
+class DraftTraining:
+    """What draft training keeps in this process."""
+
+    bank: DraftBank
+    travel: Travel
+    exporter: Exporter | None  # on one rank of each attention-TP group
+    copier: HostCopier | None
+    switch: Switch | None  # where drafting may be switched off
+
+
+this: DraftTraining | None = None
+
+
+def attach(
+    worker: Any, keep_last_hidden: Callable[[LogitsProcessor], None], install: Callable[[Any, Switch], None]
+) -> None:
+    """After ``EAGLEWorkerV2.__init__``: before CUDA graphs are captured, so last hidden is among their outputs.
+
+    ``keep_last_hidden`` makes a logits processor of the target keep last hidden states; ``install`` makes the worker's
+    depth the switch's.
+    """
+    global this
+    run = Run.inherited()
+    model = worker.target_worker.model_runner.model
+    processors = [m for m in model.modules() if isinstance(m, LogitsProcessor)]
+    if not processors:
+        raise RuntimeError(f"draft training: the target {type(model).__name__} has no LogitsProcessor to capture from")
+    for processor in processors:
+        keep_last_hidden(processor)
+
+    exporter = copier = None
+    if get_parallel().attn_tp_rank == 0:
+        device = torch.device(worker.device)
+        settings = run.settings
+        ring = HostRing(settings.ring_mb << 20, pinned=device.type == "cuda")
+        max_bytes_s = settings.capture_max_mb_s and settings.capture_max_mb_s * (1 << 20)
+        describe = partial(_Served, run=run)
+        admission = Admission(ring, describe, settings.capture_sample, max_bytes_s)
+        puller = Puller(settings.pull) if settings.pull else None
+        exporter = Exporter(run.spans_endpoint, ring, admission, puller)
+        copier = HostCopier(ring, device)
+        exporter.start()
+    bank = DraftBank(LiveDraft(worker.draft_worker), run)
+    switch = None
+    if run.settings.drafting != "always":
+        switch = Switch(worker.speculative_num_steps)
+        install(worker, switch)
+    this = DraftTraining(bank, run.settings.capture_dtype, exporter, copier, switch)
+
+
+class _Served:
+    """``export.admission.ServedRequest`` of SGLang's ``Req``."""
+
+    __slots__ = ("_req", "alias", "cached_tokens", "is_counted", "prompt", "prompt_tokens", "refusal", "rid", "slice")
+
+    def __init__(self, req: Any, run: Run) -> None:
+        said = asked(req)
+        self.rid, self.alias, self._req = req.rid, run.alias(req.rid), req
+        self.prompt_tokens, self.cached_tokens = len(req.origin_input_ids), req.cached_tokens
+        self.prompt = req.origin_input_ids if run.disaggregation == "decode" else ()
+        label = str(said.get(SLICE_KEY, ""))
+        self.slice = label[:_LONGEST_SLICE]
+        self.is_counted, self.refusal = True, None
+        if req.rid.startswith(HEALTH_CHECK_RID_PREFIX):
+            self.is_counted, self.refusal = False, "health_check"
+        elif req.lora_id is not None:
+            self.refusal = "adapter"  # what an adapter computes is not the target's
+        elif said.get(OPT_KEY) is False:
+            self.refusal = "opted_out"
+        elif label in run.settings.capture_deny:
+            self.refusal = "denied"
+        elif run.settings.capture_opt_in and said.get(OPT_KEY) is not True:
+            self.refusal = "not_opted_in"
+
+    def is_finished(self) -> bool:
+        return self._req.finished()
+
+    def is_aborted(self) -> bool:
+        return isinstance(self._req.finished_reason, FINISH_ABORT)
+
+    def total_tokens(self) -> int:
+        return len(self._req.origin_input_ids) + len(self._req.output_ids_through_stop)

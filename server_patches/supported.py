@@ -1,0 +1,31 @@
+"""The SGLang versions that are supported, and the support of the one that is installed."""
+
+import sys
+from types import ModuleType
+
+import sglang
+from packaging.version import Version
+
+from server_patches import v0_5_17, v0_5_22, v0_5_23
+from server_patches.targets import verify
+
+SUPPORTS = (v0_5_17, v0_5_22, v0_5_23)
+SUPPORTED = f"sglang {', '.join(support.VERSION for support in SUPPORTS)}"
+
+
+def support_of(version: str) -> ModuleType:
+    """The newest support that is not newer than this version; the seams decide whether it fits."""
+    wanted = Version(version)
+    older = [support for support in SUPPORTS if Version(support.VERSION) <= wanted]
+    return older[-1] if older else SUPPORTS[0]
+
+
+def check() -> None:
+    """Raises IncompatibleSGLang where the installed SGLang is not one the hooks were written for."""
+    verify(support_of(sglang.__version__).TARGETS, SUPPORTED, sglang.__version__)
+
+
+def register_scheduler_hooks() -> None:
+    """Scheduler processes of a run: capture, swap and their counters. Nothing in any other process."""
+    if "sglang.srt.managers.scheduler" in sys.modules:
+        support_of(sglang.__version__).register_scheduler_hooks()
