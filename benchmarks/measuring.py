@@ -22,7 +22,13 @@ _SERVED = ("--dtype", "float32", "--log-level", "warning", "--sleep-on-idle")
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """Highest resident set during a call, above the one before it."""
+    """Highest memory during a call, above what was held before it: a GPU's where torch's default device is one,
+    otherwise the resident set."""
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - held
     libc = ctypes.CDLL("libc.so.6")
     libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)  # large blocks go back to the system when they are freed
     libc.malloc_trim(0)
@@ -70,6 +76,7 @@ def save_record(
             "architecture": platform.machine(),
             "threads": torch.get_num_threads(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "versions": {"torch": torch.__version__, "python": platform.python_version(), **versions},
         "command": command,

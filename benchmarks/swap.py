@@ -79,9 +79,9 @@ def main(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with start_capturing(target, folder, *SERVING, *UNWATCHED) as server:
+            dtype = server.status()["served_dtype"]
             drafts = [
-                init_draft(str(target), folder / f"draft{i}", draft_vocab_size=768, dtype="float32", seed=i)
-                for i in (1, 2)
+                init_draft(str(target), folder / f"draft{i}", draft_vocab_size=768, dtype=dtype, seed=i) for i in (1, 2)
             ]
             versions = [post(server, "/draft/versions", {"path": str(d)}).json()["version"] for d in drafts]
             measured["swap"] = measure(

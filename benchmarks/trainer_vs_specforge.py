@@ -3,11 +3,12 @@
 The peer pins other versions of torch and sglang, so it is installed beside the environment, without dependencies::
 
     pip install --no-deps --target benchmarks/.peer specforge==0.2.0
-    python benchmarks/trainer_vs_specforge.py [--quick] [--json FILE]
+    python benchmarks/trainer_vs_specforge.py [--quick] [--device cuda] [--json FILE]
 
 The peer runs its ``sdpa`` attention and its compact teacher (from hidden states, as ours). Its fused loss is a Triton
 kernel; where that can't run (on a CPU), its own eager reference of it takes its place. A step is forward and backward
-of all steps of the training-time test. Peak memory is the process's resident set above what it held before the step.
+of all steps of the training-time test. Peak memory is the process's resident set, or the GPU's, above what it held
+before the step. A GPU computes larger shapes, in bfloat16.
 ``bound`` is the speed that our step would have if all but its matrix products took no time; ``loss`` and ``gradient``
 are the relative differences from the peer's.
 """
@@ -56,6 +57,10 @@ SHAPES = (
     Shape("small, dense", 256, 4096, 2048, (256,) * 4, 0.0),
     Shape("dense", 512, 8192, 4096, (512,) * 2, 0.0),
     Shape("ragged, 60% masked", 512, 8192, 4096, (512, 128, 256, 64, 384, 96), 0.6),
+)
+SHAPES_OF_A_GPU = (
+    Shape("dense", 2048, 128256, 32000, (2048,) * 4, 0.0),
+    Shape("ragged, 60% masked", 2048, 128256, 32000, (4096, 1024, 2048, 512, 3072, 768), 0.6),
 )
 
 
@@ -113,7 +118,7 @@ def our_step(
         draft.zero_grad(set_to_none=not keep_gradients)
         rows_K = count_rows(samples, shape.steps, shape.prompt > 0)
         goal = Goal.of(settings, rows_K, [0.0] * shape.steps)
-        loss = unroll(draft, target, pack(samples, torch.device("cpu")), goal).loss
+        loss = unroll(draft, target, pack(samples, torch.get_default_device()), goal).loss
         loss.backward()
         return loss.item(), draft.fc.weight.grad
 
@@ -125,7 +130,7 @@ def peer_step(shape: Shape, weights: dict[str, Tensor], target: FrozenTarget, sa
     from specforge.core import loss as peer_loss
     from specforge.modeling.draft import LlamaForCausalLMEagle3
 
-    if not torch.cuda.is_available():
+    if torch.get_default_device().type == "cpu":
         peer.LogSoftmaxLoss = type("EagerLoss", (), {"apply": staticmethod(peer_loss._compute_loss)})
     draft = LlamaForCausalLMEagle3(transformers.LlamaConfig(**make_config(shape)), attention_backend="sdpa")
     draft.load_state_dict({**weights, "embed_tokens.weight": target.embed_VH})
@@ -174,12 +179,18 @@ def measure(shape: Shape, rounds: int) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {who: [] for who in steps}
     for _ in range(rounds):
         for who, step in steps.items():
+            _wait()
             started = time.perf_counter()
             step()
+            _wait()
             seconds[who].append(time.perf_counter() - started)
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+    on_gpu = torch.get_default_device().type == "cuda"
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
+    with profile(activities=activities) as profiled:
         steps["our"]()
-    products_s = sum(e.self_cpu_time_total for e in profiled.key_averages() if e.key in _PRODUCTS) / 1e6
+        _wait()
+    products = [e for e in profiled.key_averages() if e.key in _PRODUCTS]
+    products_s = sum(e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in products) / 1e6
     return {
         "shape": asdict(shape),
         "seconds": seconds,
@@ -204,6 +215,11 @@ def measure_memory(shape: Shape, rounds: int) -> dict[str, Any]:
     }
 
 
+def _wait() -> None:
+    if torch.get_default_device().type == "cuda":
+        torch.cuda.synchronize()
+
+
 def show(samples: list[dict[str, Any]]) -> None:
     table = Table(title="one training step, ours and SpecForge 0.2.0")
     for column in ("shape", "ours tokens/s", "peer tokens/s", "speed", "bound", "memory", "loss", "gradient"):
@@ -225,14 +241,20 @@ def _spread(sample: dict[str, Any]) -> str:
 
 def main(
     quick: Annotated[bool, typer.Option(help="Fewer rounds; ends within a minute and a half on two cores.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
 ) -> None:
     if not PEER.exists():
         typer.echo(f"error: the peer is missing; pip install --no-deps --target {PEER} specforge==0.2.0", err=True)
         raise typer.Exit(2)
     sys.path.insert(0, str(PEER))
-    samples = [measure(shape, rounds=1 if quick else 7) for shape in SHAPES]
-    for shape, sample in zip(SHAPES, samples, strict=True):
+    torch.set_default_device(device)
+    shapes = SHAPES
+    if device != "cpu":
+        torch.set_default_dtype(torch.bfloat16)
+        shapes = SHAPES_OF_A_GPU
+    samples = [measure(shape, rounds=1 if quick else 7) for shape in shapes]
+    for shape, sample in zip(shapes, samples, strict=True):
         sample |= measure_memory(shape, rounds=1 if quick else 3)
     show(samples)
     if json_file:

@@ -73,7 +73,7 @@ async def _demo(model: Path, out: Path, learn_s: float, tp: int, device: str) ->
             plain_tokens_per_s = plain.tokens_per_s
 
     console.print("starting a server with draft training and a random draft")
-    training = [*serving, *TRAINING, "--draft-training-run-dir", out / "run"]
+    training = [*serving, *TRAINING, "--draft-training-run-dir", out / "run", "--draft-training-trainer-device", device]
     curve = Curve()
     with ServerProcess.start(out / "server.log", training, **where) as server:
         async with driving(server, traffic.Tally()) as tally:

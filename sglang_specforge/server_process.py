@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -13,6 +14,8 @@ from typing import Any
 
 import httpx
 
+# Of every server that is started here, where a machine needs it: the device, if nobody says one, and flags, which win.
+DEVICE_VARIABLE, FLAGS_VARIABLE = "SPECFORGE_SERVER_DEVICE", "SPECFORGE_SERVER_FLAGS"
 _POLL_S = 0.25
 _STOP_LIMIT_S = 20.0
 
@@ -24,13 +27,17 @@ class ServerFailed(RuntimeError):
 class ServerProcess:
     """``python -m sglang.launch_server`` in a process group of its own, logging to a file."""
 
-    def __init__(self, log: Path, arguments: Sequence[Any], *, device: str = "cpu", tp: int = 1, dp: int = 1) -> None:
+    def __init__(
+        self, log: Path, arguments: Sequence[Any], *, device: str | None = None, tp: int = 1, dp: int = 1
+    ) -> None:
         port, environment = free_port(), {}
+        device = device or os.environ.get(DEVICE_VARIABLE, "cpu")
         if device == "cpu":
             environment = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
             if tp * dp > 1:
                 environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(tp * dp)))
-        arguments = ["--device", device, "--tp-size", tp, "--dp-size", dp, *arguments]
+        given = shlex.split(os.environ.get(FLAGS_VARIABLE, ""))
+        arguments = ["--device", device, "--tp-size", tp, "--dp-size", dp, *arguments, *given]
         self.url, self.log = f"http://127.0.0.1:{port}", log
         command = [sys.executable, "-m", "sglang.launch_server", "--host", "127.0.0.1", "--port", port, *arguments]
         self._command, self._environment = list(map(str, command)), {**os.environ, **environment}

@@ -1,0 +1,68 @@
+"""Whether answers depend on the draft: greedy answers of a server with draft training, its draft changing all the time,
+against those of a server without speculation (the peer), token by token::
+
+    python benchmarks/lossless.py [--target DIR] [--requests 40] [--json FILE]
+
+The same requests, one after another, so that no batch differs; served in float32, where a pass over several tokens
+gives what as many passes over one give, up to rounding.
+"""
+
+import itertools
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import httpx
+import typer
+from measuring import TINY_TARGET, save_record, start_capturing, start_plain
+
+from sglang_specforge.new_draft import init_draft
+from sglang_specforge.server_process import ServerProcess
+from sglang_specforge.traffic import stream_prompts
+
+SERVING = ("--max-total-tokens", 16384, "--max-running-requests", 16)
+TOKENS = 64
+
+
+def answer(server: ServerProcess, prompt: str) -> list[int]:
+    sampling = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True}
+    body = {"text": prompt, "sampling_params": sampling}
+    return (
+        httpx.post(f"{server.url}/generate", json=body, timeout=600, trust_env=False)
+        .raise_for_status()
+        .json()["output_ids"]
+    )
+
+
+def main(
+    target: Annotated[Path, typer.Option(help="Folder of the target.")] = TINY_TARGET,
+    requests: Annotated[int, typer.Option(min=1)] = 40,
+    json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
+) -> None:
+    prompts = list(itertools.islice(stream_prompts(seed=3), requests))
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        with start_plain(target, folder, *SERVING) as server:
+            expected = [answer(server, prompt) for prompt in prompts]
+        with start_capturing(target, folder, *SERVING, "--draft-gate", "off") as server:
+            draft = init_draft(
+                str(target), folder / "draft", draft_vocab_size=768, dtype=server.status()["served_dtype"], seed=1
+            )
+            made = httpx.post(f"{server.url}/draft/versions", json={"path": str(draft)}, timeout=120, trust_env=False)
+            versions = [0, made.raise_for_status().json()["version"]]
+            found = []
+            for number, prompt in enumerate(prompts):
+                body = {"version": versions[number % 2]}
+                httpx.post(f"{server.url}/draft/activate", json=body, timeout=120, trust_env=False).raise_for_status()
+                found.append(answer(server, prompt))
+            swaps = server.status()["draft"]["swaps"]
+    same = sum(a == b for a, b in zip(found, expected, strict=True))
+    print(f"{same} of {requests} greedy answers of {TOKENS} tokens are the same, through {swaps} swaps")
+    if json_file:
+        save_record(json_file, " ".join(sys.argv), {"same answers": same / requests}, [{"swaps": swaps}])
+    raise typer.Exit(same < requests)
+
+
+if __name__ == "__main__":
+    typer.run(main)
