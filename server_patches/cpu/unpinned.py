@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-_FACTORIES = ("empty", "full", "ones", "tensor", "zeros")
+_FACTORIES = ("empty", "ones", "tensor", "zeros")
 
 
 def ask_for_no_pinned_memory() -> None:
