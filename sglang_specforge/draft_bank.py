@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +19,7 @@ _REFUSALS = 32  # that are remembered
 class SwappableDraft(Protocol):
     """The live draft of this rank."""
 
-    def load_shadows(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]: ...
+    def load_shadows(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]: ...
     def copy_in(self, shadows: dict[str, torch.Tensor]) -> None: ...
     def copy_out(self) -> dict[str, torch.Tensor]: ...
 
@@ -89,9 +90,19 @@ class DraftBank:
     def _load(self, version: int) -> None:
         try:
             tensors = load_checked(self._run.version_path(version), self._config, self._run.target_fingerprint)
-            self._resident[version] = self._live.load_shadows(tensors)
+            self._resident[version] = self._live.load_shadows(paced(tensors, self._run.settings.bank_load_max_mb_s))
         except CheckpointError as error:
             self.refuse(version, str(error))
         except Exception as error:  # out of memory, a loader's refusal: whoever waits for the version has to hear of it
             logger.exception("draft training: loading version %d", version)
             self.refuse(version, f"{type(error).__name__}: {error}")
+
+
+def paced(tensors: dict[str, torch.Tensor], max_mb_s: float | None) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors by name, each when those before it may have been copied at ``max_mb_s`` MiB/s; None: no limit."""
+    begun_s, passed_bytes = time.monotonic(), 0
+    for name, tensor in tensors.items():
+        if max_mb_s is not None:
+            time.sleep(max(0.0, begun_s + passed_bytes / (max_mb_s * (1 << 20)) - time.monotonic()))
+        yield name, tensor
+        passed_bytes += tensor.nbytes

@@ -23,6 +23,7 @@ from sglang_specforge.training_settings import Job, TrainingSettings, split
 RUN_VARIABLE = "SGLANG_SPECFORGE_RUN"
 SERVER_PID_VARIABLE = "SGLANG_SPECFORGE_SERVER_PID"  # of the server that started a trainer
 Drafting = Literal["always", "auto", "never"]
+BankPlace = Literal["device", "host"]
 Settings = TypeVar("Settings", bound=TrainingSettings)
 
 
@@ -136,8 +137,20 @@ class DraftTrainingSettings(OnlineSettings):
     bank_slots: int = Field(
         3,
         ge=2,
-        description="Draft versions that stay in the memory of each rank's device, the active one among them.",
+        description="Draft versions that stay in memory on each rank, the active one among them.",
         json_schema_extra={"flag": "draft-bank-slots"},
+    )
+    bank_on: BankPlace = Field(
+        "device",
+        description="Where they stay: in the device's memory, or in pinned memory of the host, from which a swap takes "
+        "longer.",
+        json_schema_extra={"flag": "draft-bank-on"},
+    )
+    bank_load_max_mb_s: float | None = Field(
+        None,
+        gt=0,
+        description="Most MiB a second that are put there of a version, a tensor at a time, on each rank.",
+        json_schema_extra={"flag": "draft-bank-load-max-mb-s"},
     )
     gate: Mode = Field(
         "auto",

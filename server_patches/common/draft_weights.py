@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sglang_specforge.settings import BankPlace
+
 Shadows = dict[str, torch.Tensor]
 _SHARED = ("embed_tokens",)
 
@@ -16,21 +18,22 @@ _SHARED = ("embed_tokens",)
 class LiveDraft:
     """``EagleDraftWorker``'s model on this rank, sharded as SGLang sharded it."""
 
-    def __init__(self, draft_worker: Any) -> None:
+    def __init__(self, draft_worker: Any, place: BankPlace = "device") -> None:
         self._worker = draft_worker
         self._model = draft_worker.draft_runner.model
+        self._place = place
 
-    def load_shadows(self, tensors: dict[str, torch.Tensor]) -> Shadows:
-        """This rank's part of a checkpoint on the draft's device, in the live parameters' layout.
+    def load_shadows(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Shadows:
+        """This rank's part of a checkpoint in the bank's memory, in the live parameters' layout.
 
         ``LlamaForCausalLMEagle3.load_weights`` runs on stand-ins for the live parameters, so stacking and TP
         sharding are SGLang's. Safe beside serving: it only reads the live model's shapes.
         """
-        stand_in = _StandIn(self._swappable())
-        type(self._model).load_weights(stand_in, tensors.items())
+        stand_in = _StandIn((name, p, self._room_for(p.data)) for name, p in self._swappable())
+        type(self._model).load_weights(stand_in, tensors)
         shadows = {name: p.data for name, p in stand_in.parameters.items()}
-        if stand_in.hot_token_id is not None:
-            shadows["hot_token_id"] = stand_in.hot_token_id.to(self._worker.device)
+        if (token_map := stand_in.hot_token_id) is not None:
+            shadows["hot_token_id"] = self._room_for(token_map.to(self._worker.device)).copy_(token_map)
         return shadows
 
     def copy_in(self, shadows: Shadows) -> None:
@@ -38,11 +41,17 @@ class LiveDraft:
         live = self._live()
         names = [name for name in live if name in shadows]
         with torch.no_grad():
-            torch._foreach_copy_([live[n] for n in names], [shadows[n] for n in names])
+            torch._foreach_copy_([live[n] for n in names], [shadows[n] for n in names], non_blocking=True)
 
     def copy_out(self) -> Shadows:
         """The live weights, in memory of their own."""
-        return {name: tensor.clone() for name, tensor in self._live().items()}
+        return {name: self._room_for(tensor).copy_(tensor) for name, tensor in self._live().items()}
+
+    def _room_for(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Of the bank's memory, for a tensor of the device."""
+        if self._place == "device":
+            return torch.empty_like(tensor)
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
 
     def _live(self) -> Shadows:
         """Every tensor that a swap changes."""
@@ -59,11 +68,11 @@ class LiveDraft:
 class _StandIn:
     """What ``load_weights`` reads of a model: parameters with their loaders, and a place for the token map."""
 
-    def __init__(self, live: Iterable[tuple[str, nn.Parameter]]) -> None:
+    def __init__(self, live: Iterable[tuple[str, nn.Parameter, torch.Tensor]]) -> None:
         self.hot_token_id: torch.Tensor | None = None
         self.parameters: dict[str, nn.Parameter] = {}
-        for name, parameter in live:
-            shadow = nn.Parameter(torch.empty_like(parameter.data), requires_grad=False)
+        for name, parameter, room in live:
+            shadow = nn.Parameter(room, requires_grad=False)
             shadow.__dict__.update(parameter.__dict__)  # weight_loader, output_dim and their like
             self.parameters[name] = shadow
 

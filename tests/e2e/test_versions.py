@@ -345,7 +345,7 @@ def with_faults(monkeypatch):
 @pytest.fixture
 def two_ranks(start, drafts, monkeypatch):
     with_faults(monkeypatch)
-    return start("--dtype", "float32", training=NOTHING, tp=2)
+    return start("--dtype", "float32", training=NOTHING | {"bank_on": "host", "bank_load_max_mb_s": 100}, tp=2)
 
 
 def test_output_is_the_target_s_through_200_swaps_an_ab_and_a_rollback_of_two_ranks(two_ranks, drafts, reference):
