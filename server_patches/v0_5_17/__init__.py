@@ -3,7 +3,7 @@
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from server_patches import v0_5_22
-from server_patches.common.seams import ADAPTIVE, ANSWERS, COMMON, CONTROL, SCHEDULER, STATUS, SWITCHED, WORKER
+from server_patches.common.seams import ADAPTIVE, ANSWERS, COMMON, CONTROL, POLICY, SCHEDULER, STATUS, SWITCHED, WORKER
 from server_patches.targets import Members, Seam, Symbol, Target
 
 VERSION = "0.5.17"
@@ -25,13 +25,7 @@ TARGETS: tuple[Seam, ...] = (
     Members(f"{ADAPTIVE}.AdaptiveController", ("params",), "set: likewise"),
     Members(
         f"{ADAPTIVE}.AdaptiveSpeculativeParams",
-        (
-            "candidate_steps",
-            "set_cuda_graph_bs",
-            "get_steps_for_batch",
-            "on_verify_complete",
-            "cuda_graph_bs_for_step",
-        ),
+        POLICY,
         "implemented: likewise",
     ),
     Target(f"{_ANSWER}.accept", ("self", "req"), f"AFTER: {ANSWERS}"),

@@ -9,6 +9,7 @@ from server_patches.common.seams import (
     CONTROL,
     ENDS,
     LOGITS,
+    POLICY,
     RESULT,
     SCHEDULER,
     STATES,
@@ -34,13 +35,7 @@ SHARED_WITH_0_5_22: tuple[Seam, ...] = (
     Target(f"{ADAPTIVE}.AdaptiveController.__init__", ("self", "worker", "policy"), f"made: {SWITCHED}"),
     Members(
         f"{ADAPTIVE}.AdaptiveSpecPolicy",
-        (
-            "candidate_steps",
-            "set_cuda_graph_bs",
-            "get_steps_for_batch",
-            "on_verify_complete",
-            "cuda_graph_bs_for_step",
-        ),
+        POLICY,
         "implemented: likewise",
     ),
     Target(f"{SCHEDULER}.get_output_streamer_class", ("self",), f"AFTER: {ANSWERS}"),
