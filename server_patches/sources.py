@@ -28,8 +28,14 @@ class Sources:
         parts = path.split(".")
         for cut in range(len(parts), 0, -1):
             module = ".".join(parts[:cut])
-            if self._module(module) is not None:
+            if self._module(module) is None:
+                continue
+            try:
                 return self._descend(module, parts[cut:])
+            except NotThere as error:
+                if cut > 1 or len(parts) < 3:
+                    raise
+                raise NotThere(f"no module {'.'.join(parts[:-1])}") from error
         raise NotThere(f"no module {parts[0]}")
 
     def parameters(self, path: str) -> list[str]:

@@ -69,6 +69,7 @@ def test_members_are_fields_methods_and_what_methods_set_also_of_bases():
     [
         (Symbol("pkg.deep.two.CONSTANT", ""), None),
         (Symbol("pkg.deep.two.GONE", ""), "expected pkg.deep.two.GONE, but it is not there (no GONE in pkg.deep.two)"),
+        (Symbol("pkg.gone.deep.f", ""), "it is not there (no module pkg.gone.deep)"),
         (Symbol("other.f", ""), "expected other.f, but it is not there (no module other)"),
         (Symbol("pkg.deep.one.Circle", ""), "imported in a circle"),
         (Target("pkg.deep.one.Made.run", ("self", "batches"), ""), "found (self, batch)"),
