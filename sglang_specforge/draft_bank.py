@@ -30,8 +30,8 @@ class DraftBank:
     Which versions are loaded, evicted and activated is decided once for all ranks (``sglang_specforge.swaps``).
     """
 
-    def __init__(self, live: SwappableDraft, run: Run) -> None:
-        self.active_version = run.draft_version
+    def __init__(self, live: SwappableDraft, run: Run, replica: int) -> None:
+        self.replica, self.active_version = replica, run.draft_version
         self.window = 0  # of an A/B; 0: none
         self._live, self._run = live, run
         self._config = load_config(run.version_path(run.draft_version))
@@ -79,6 +79,7 @@ class DraftBank:
 
     def status(self) -> dict[str, Any]:
         return {
+            "replica": self.replica,
             "active_version": self.active_version,
             "active_since_step": self._active_since_step,
             "resident_versions": sorted({*self._resident, self.active_version}),

@@ -184,6 +184,13 @@ class Swaps:
             raise SwapRefused(f"version {version} is not resident on every rank any more")
         self._used = [v for v in self._used if v != version] + [version]
 
+    async def show_each(self, versions: dict[int, int], **more: int) -> None:
+        """The same with a version for each replica, each at a step of its own. Raises SwapRefused."""
+        orders = {f"draft_training_activate_{replica}": version for replica, version in versions.items()}
+        if not await self._engine.set_state(**orders, **more):
+            shown = ", ".join(map(str, sorted(set(versions.values()))))
+            raise SwapRefused(f"one of versions {shown} is not resident on every rank any more")
+
     async def hold(self, holder: str, versions: list[int]) -> None:
         """From now on ``holder`` decides alone, with these versions resident.
 

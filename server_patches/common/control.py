@@ -25,12 +25,15 @@ def orders(step: Callable[[], int]) -> dict[str, Order]:
     """By key; none in a process without draft training. ``step`` is the scheduler's."""
     if process.this is None:
         return {}
-    bank = process.this.bank
+    bank, replicas = process.this.bank, range(process.this.run.replicas)
+    activate = Order(lambda version: bank.activate(version, step()), _agree_on)
+    of_others = Order(lambda version: None)
     return {
         "draft_training_evict": Order(bank.evict),
         "draft_training_load": Order(bank.load),
         "draft_training_prepare": Order(lambda version: None, _agree_on),
-        "draft_training_activate": Order(lambda version: bank.activate(version, step()), _agree_on),
+        "draft_training_activate": activate,
+        **{f"draft_training_activate_{i}": activate if i == bank.replica else of_others for i in replicas},
         "draft_training_window": Order(_set_window),
         "draft_training_drafting": Order(_set_drafting),
         "draft_training_capture": Order(_set_capturing),

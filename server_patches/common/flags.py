@@ -79,6 +79,7 @@ def _start_run(args: argparse.Namespace, settings: DraftTrainingSettings) -> Non
         spans_endpoint=f"ipc://{sockets}/spans",
         control_endpoint=f"ipc://{sockets}/control",
         disaggregation=_disaggregation(args),
+        replicas=getattr(args, "dp_size", None) or 1,
     ).export()
     apply_run_hooks()
 

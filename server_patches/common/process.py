@@ -33,6 +33,7 @@ _LONGEST_SLICE = 64  # characters
 class DraftTraining:
     """What draft training keeps in this process."""
 
+    run: Run
     bank: DraftBank
     travel: Travel
     exporter: Exporter | None  # on one rank of each attention-TP group
@@ -44,12 +45,15 @@ this: DraftTraining | None = None
 
 
 def attach(
-    worker: Any, keep_last_hidden: Callable[[LogitsProcessor], None], install: Callable[[Any, Switch], None]
+    worker: Any,
+    replica: int,
+    keep_last_hidden: Callable[[LogitsProcessor], None],
+    install: Callable[[Any, Switch], None],
 ) -> None:
     """After ``EAGLEWorkerV2.__init__``: before CUDA graphs are captured, so last hidden is among their outputs.
 
-    ``keep_last_hidden`` makes a logits processor of the target keep last hidden states; ``install`` makes the worker's
-    depth the switch's.
+    ``replica`` is this process's place among those of ``--dp-size``; ``keep_last_hidden`` makes a logits processor of
+    the target keep last hidden states; ``install`` makes the worker's depth the switch's.
     """
     global this
     run = Run.inherited()
@@ -72,12 +76,12 @@ def attach(
         exporter = Exporter(run.spans_endpoint, ring, admission, puller)
         copier = HostCopier(ring, device)
         exporter.start()
-    bank = DraftBank(LiveDraft(worker.draft_worker, run.settings.bank_on), run)
+    bank = DraftBank(LiveDraft(worker.draft_worker, run.settings.bank_on), run, replica)
     switch = None
     if run.settings.drafting != "always":
         switch = Switch(worker.speculative_num_steps)
         install(worker, switch)
-    this = DraftTraining(bank, run.settings.capture_dtype, exporter, copier, switch)
+    this = DraftTraining(run, bank, run.settings.capture_dtype, exporter, copier, switch)
 
 
 class _Served:

@@ -16,6 +16,7 @@ CONTROL = "draft versions, A/B windows, capture and readers as numbers for every
 STATUS = "this rank's share of the status"
 ANSWERS = "answers name their draft versions"
 ENDS = "ends that no pass shows"
+REPLICA = "which replica of several this is"
 SWITCHED = "drafting on and off"
 POLICY = ("candidate_steps", "set_cuda_graph_bs", "get_steps_for_batch", "on_verify_complete", "cuda_graph_bs_for_step")
 STATES = "read: captured states"

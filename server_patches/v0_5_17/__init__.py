@@ -3,7 +3,18 @@
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from server_patches import v0_5_22
-from server_patches.common.seams import ADAPTIVE, ANSWERS, COMMON, CONTROL, POLICY, SCHEDULER, STATUS, SWITCHED, WORKER
+from server_patches.common.seams import (
+    ADAPTIVE,
+    ANSWERS,
+    COMMON,
+    CONTROL,
+    POLICY,
+    REPLICA,
+    SCHEDULER,
+    STATUS,
+    SWITCHED,
+    WORKER,
+)
 from server_patches.targets import Members, Seam, Symbol, Target
 
 VERSION = "0.5.17"
@@ -18,6 +29,7 @@ TARGETS: tuple[Seam, ...] = (
     Target(f"{SCHEDULER}.get_internal_state", ("self", "recv_req"), f"AFTER: {STATUS}"),
     Members("sglang.srt.managers.io_struct.SetInternalStateReq", ("server_args",), "read: likewise"),
     Target("sglang.srt.managers.io_struct.SetInternalStateReqOutput", ("updated",), "made: its answer"),
+    Members(WORKER, ("ps",), f"read: {REPLICA}"),
     Target(f"{WORKER}.forward_batch_generation", ("self", "batch"), "AROUND: captures prompts"),
     Target(_SAMPLE, ("verify_input", "batch", "logits_output"), "AFTER: which drafts were accepted"),
     Symbol("sglang.srt.speculative.eagle_worker_common.run_eagle_verify", "relied upon: calls it by that name"),

@@ -14,7 +14,7 @@ _accept_index: torch.Tensor | None = None  # of the verification at hand
 
 def attach(result: None, worker: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER ``EAGLEWorkerV2.__init__``."""
-    process.attach(worker, pack, _install)
+    process.attach(worker, worker.ps.dp_rank or 0, pack, _install)
 
 
 def _install(worker: Any, switch: Switch) -> None:

@@ -10,6 +10,7 @@ from server_patches.common.seams import (
     ENDS,
     LOGITS,
     POLICY,
+    REPLICA,
     RESULT,
     SCHEDULER,
     STATES,
@@ -26,6 +27,7 @@ _INTERNAL = "sglang.srt.managers.scheduler_components.internal_state"
 _STATE = f"{_INTERNAL}.SchedulerInternalStateController"
 
 SHARED_WITH_0_5_22: tuple[Seam, ...] = (
+    Members("sglang.srt.runtime_context.SpawnRanks", ("dp_rank",), f"relied upon: {REPLICA}"),
     Target(f"{_STATE}._update_handlers", ("self",), f"AFTER: {CONTROL}"),
     Target(f"{_STATE}._add_speculative", ("self", "state"), f"AFTER: {STATUS}"),
     Symbol(f"{_INTERNAL}._UpdateHandler", "made: a handler of ours"),

@@ -3,6 +3,7 @@
 from typing import Any
 
 from sglang.srt.layers.logits_processor import LogitsProcessor
+from sglang.srt.runtime_context import get_parallel
 from sglang.srt.speculative.adaptive_runtime_state import AdaptiveController
 
 from server_patches.common import process
@@ -12,7 +13,7 @@ from server_patches.common.drafting import Switch
 
 def attach(result: None, worker: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER ``EAGLEWorkerV2.__init__``."""
-    process.attach(worker, _keep_last_hidden, install)
+    process.attach(worker, get_parallel().dp_rank or 0, _keep_last_hidden, install)
 
 
 def _keep_last_hidden(processor: LogitsProcessor) -> None:

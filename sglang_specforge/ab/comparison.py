@@ -1,5 +1,6 @@
-"""What the blocks of an A/B say so far. Every arm that is still in has one turn in each block, in random order, so that
-what changes slowly (load, prompts) falls on all of them alike; a block gives one number for each pair of arms."""
+"""What the blocks of an A/B say so far. Every arm that is still in has one turn in each block, in random order (on each
+replica, where there are several), so that what changes slowly (load, prompts) falls on all of them alike; a block gives
+one number for each pair of arms."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,11 +14,15 @@ from sglang_specforge.export.acceptance import Histogram, Standing, add_up, summ
 
 
 class Turn(BaseModel):
-    """One window of one arm: histograms of the tokens that verifications committed (``export.acceptance``)."""
+    """One arm in one block: histograms of the tokens that verifications committed (``export.acceptance``)."""
 
-    window: int
-    seconds: float
+    window: int  # the first, where replicas of the server took it by turns
+    seconds: float  # of all replicas
     committed: list[Histogram]  # by Standing
+
+    def __add__(self, later: "Turn") -> "Turn":
+        committed = [add_up(pair) for pair in zip(self.committed, later.committed, strict=True)]
+        return Turn(window=self.window, seconds=self.seconds + later.seconds, committed=committed)
 
     @cached_property
     def counted(self) -> Histogram:

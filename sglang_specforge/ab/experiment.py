@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from sglang_specforge.ab.comparison import Block, Judgement, Turn, judge
 from sglang_specforge.ab.plan import Plan
-from sglang_specforge.export.acceptance import Standing, add_up, summary
+from sglang_specforge.export.acceptance import Histogram, Standing, add_up, summary
 from sglang_specforge.swaps import SwapRefused, Swaps
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ _LOOK_S = 0.5
 
 
 class Arm(BaseModel):
-    """Totals over its turns, without what is left out at their beginnings."""
+    """Totals over its turns, without what is left out at their beginnings; tokens/s is a replica's."""
 
     version: int
     path: str
@@ -148,10 +148,7 @@ class Experiments:
         for _ in range(plan.max_blocks):
             order = [arm for arm in range(len(report.arms)) if arm not in report.judgement.out]
             draws.shuffle(order)
-            block: Block = [None] * len(report.arms)
-            for arm in order:
-                block[arm] = await self._take_turn(report.arms[arm].version, plan)
-            report.blocks.append(block)
+            report.blocks.append(await self._take_turns(report, order))
             report.judgement = judge(report.blocks, len(report.arms), plan)
             _sum_up(report)
             self._save(report)
@@ -162,25 +159,44 @@ class Experiments:
             report.winner = report.arms[winner].version
         report.why = _in_words(report)
 
-    async def _take_turn(self, version: int, plan: Plan) -> Turn:
-        """Serve with a version until the window is long enough and has seen enough."""
+    async def _take_turns(self, report: Report, order: list[int]) -> Block:
+        """Each replica serves with every arm once, in this order, and each begins at another place of it: arms are
+        compared at the same time, and a replica's load falls on all of them."""
+        replicas = sorted({rank["bank"]["replica"] for rank in await self._swaps.ranks()})
+        block: Block = [None] * len(report.arms)
+        for shift in range(len(order)):
+            arms = {replica: order[(place + shift) % len(order)] for place, replica in enumerate(replicas)}
+            for arm, turn in (await self._take_window(report, arms)).items():
+                block[arm] = block[arm] + turn if block[arm] else turn
+        return block
+
+    async def _take_window(self, report: Report, arms: dict[int, int]) -> dict[int, Turn]:
+        """Serve with an arm on each replica until the window is long enough, and each arm has seen enough."""
         self._window += 1
-        await self._swaps.show(version, draft_training_window=self._window)
+        versions = {replica: report.arms[arm].version for replica, arm in arms.items()}
+        await self._swaps.show_each(versions, draft_training_window=self._window)
         begun_s = time.monotonic()
-        await asyncio.sleep(plan.window_s)
+        await asyncio.sleep(report.plan.window_s)
         while True:
-            committed = await self._committed(self._window)
-            turn = Turn(window=self._window, seconds=time.monotonic() - begun_s, committed=committed)
-            if sum(turn.counted) >= plan.min_passes:
-                return turn
+            committed, seconds = await self._committed(self._window), time.monotonic() - begun_s
+            turns: dict[int, Turn] = {}
+            for replica, arm in arms.items():
+                turn = Turn(window=self._window, seconds=seconds, committed=committed[replica])
+                turns[arm] = turns[arm] + turn if arm in turns else turn
+            if all(sum(turn.counted) >= report.plan.min_passes for turn in turns.values()):
+                return turns
             await asyncio.sleep(_LOOK_S)
 
-    async def _committed(self, window: int) -> list[list[int]]:
-        exports = [rank["export"] for rank in await self._swaps.ranks() if rank["export"]]
-        if failures := [export["failure"] for export in exports if export.get("failure")]:
+    async def _committed(self, window: int) -> dict[int, list[Histogram]]:
+        """By replica, and of each by standing."""
+        ranks = [rank for rank in await self._swaps.ranks() if rank["export"]]
+        if failures := [rank["export"]["failure"] for rank in ranks if rank["export"].get("failure")]:
             raise RuntimeError(f"acceptance is not counted any more: {failures[0]}")
-        seen = [export["committed_by_window"].get(str(window)) for export in exports]
-        return [add_up(by_standing[standing] for by_standing in seen if by_standing) for standing in Standing]
+        seen: dict[int, list[list[Histogram]]] = {}
+        for rank in ranks:
+            of_window = rank["export"]["committed_by_window"].get(str(window), [[] for _ in Standing])
+            seen.setdefault(rank["bank"]["replica"], []).append(of_window)
+        return {replica: [add_up(pair) for pair in zip(*found, strict=True)] for replica, found in seen.items()}
 
     def _next_id(self) -> str:
         return str(max((int(id) for id in self._reports), default=0) + 1)

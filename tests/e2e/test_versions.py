@@ -342,6 +342,23 @@ def with_faults(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "faults"), prepend=os.pathsep)
 
 
+def test_replicas_compare_drafts_at_the_same_time(start, drafts, reference):
+    client = start("--dtype", "float32", training=NOTHING, dp=2)
+    versions = [add(client, draft) for draft in drafts]
+    plan = {"arms": versions, "window_s": 0.5, "min_passes": 20, "promote": True}
+    with load(client, reference()):
+        id = client.post("/draft/ab", json=plan).json()["id"]
+        wait_for("both arms in service", lambda: served_at_once(client) == set(versions))
+        ended = wait_for("a verdict", lambda: (r := client.get(f"/draft/ab/{id}").json())["state"] == "ended" and r)
+    assert (ended["outcome"], ended["winner"], ended["promoted"]) == ("better", versions[1], True), ended["why"]
+    assert served_at_once(client) == {versions[1]}
+
+
+def served_at_once(client):
+    states = client.get("/server_info").json()["internal_states"]
+    return {state["draft_training"]["bank"]["active_version"] for state in states}
+
+
 @pytest.fixture
 def two_ranks(start, drafts, monkeypatch):
     with_faults(monkeypatch)

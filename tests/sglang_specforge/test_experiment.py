@@ -15,26 +15,33 @@ LENGTHS = {0: 1.2, 1: 1.6}  # acceptance length of each version
 
 
 class Serving(Groups):
-    """Under load: each look sees more verifications in the present window."""
+    """Under load: each look sees more verifications in the present window. The second replica has more traffic, whose
+    drafts are accepted less."""
 
-    def __init__(self):
-        super().__init__(replicas=1)
-        self.windows, self.order, self._draws = {}, [], random.Random(0)
+    def __init__(self, replicas):
+        super().__init__(replicas=replicas)
+        self.windows, self.shown, self._draws = [{} for _ in self.banks], [], random.Random(0)
         self.breaks = False
+
+    @property
+    def order(self):
+        return [version for versions in self.shown for version in versions]
 
     async def set_state(self, **values):
         if window := values.pop("draft_training_window", None):
-            version = values["draft_training_activate"]
-            self.order.append(version)
-            twos = round(100 * (LENGTHS[version] - 1 + self._draws.gauss(0, 0.02)))
-            self.windows[str(window)] = [[], [0, 100 - twos, twos], []]
+            self.shown.append([values[f"draft_training_activate_{i}"] for i in range(len(self.banks))])
+            for i, version in enumerate(self.shown[-1]):
+                passes = 100 * (1 + 4 * i)
+                twos = round(passes * (LENGTHS[version] - 1 - 0.15 * i + self._draws.gauss(0, 0.02)))
+                self.windows[i][str(window)] = [[], [0, passes - twos, twos], []]
         return await super().set_state(**values)
 
     async def get_states(self):
-        if self.breaks and self.order:
+        if self.breaks and self.shown:
             raise ValueError("a scheduler answers nonsense")
         states = await super().get_states()
-        states[0]["draft_training"]["export"] = {"committed_by_window": self.windows}
+        for state, windows in zip(states, self.windows, strict=True):
+            state["draft_training"]["export"] = {"committed_by_window": windows}
         return states
 
 
@@ -43,9 +50,9 @@ def story(tmp_path):
     """Runs a story with fresh swaps and experiments, and version 1 beside 0."""
     run = make_run(tmp_path, make_target(tmp_path / "target"))
 
-    def tell(body):
+    def tell(body, replicas=1):
         async def begin():
-            serving = Serving()
+            serving = Serving(replicas)
             swaps = Swaps(run, serving)
             experiments = Experiments(swaps, run.run_dir / "ab")
             await swaps.add(tmp_path / "draft", "me")
@@ -78,6 +85,19 @@ def test_turns_are_taken_in_random_order_and_the_winner_is_promoted(story):
         assert swaps.holder is None
 
     story(body)
+
+
+def test_replicas_serve_different_arms_at_a_time_and_each_serves_every_arm_in_every_block(story):
+    async def body(serving, swaps, experiments):
+        report = await ended(experiments, (await experiments.start(plan(promote=True), "me")).id)
+        assert (report.outcome, report.winner) == ("better", 1)
+        assert all(sorted(at_once) == [0, 1] for at_once in serving.shown)
+        blocks = [serving.shown[i : i + 2] for i in range(0, len(serving.shown), 2)]
+        assert all(sorted(of_one) == [0, 1] for block in blocks for of_one in zip(*block, strict=True))
+        assert report.arms[0].passes == report.arms[1].passes == 600 * len(blocks)
+        assert {bank["active_version"] for bank in serving.banks} == {swaps.active} == {1}
+
+    story(body, replicas=2)
 
 
 def test_without_promotion_the_draft_of_before_is_active_again(story):

@@ -16,8 +16,14 @@ class Groups:
 
     def __init__(self, active=0, replicas=2, refusing=None, never_ready=()):
         self.banks = [
-            {"active_version": active, "active_since_step": 0, "resident_versions": [active], "refused": {}}
-            for _ in range(replicas)
+            {
+                "replica": i,
+                "active_version": active,
+                "active_since_step": 0,
+                "resident_versions": [active],
+                "refused": {},
+            }
+            for i in range(replicas)
         ]
         self.refusing, self.never_ready = refusing or {}, set(never_ready)
 
@@ -39,7 +45,7 @@ class Groups:
                 bank["resident_versions"] = [v for v in resident if v != version]
             case "prepare":
                 return version in resident and i not in self.never_ready
-            case "activate":
+            case order if order in ("activate", f"activate_{i}"):
                 bank["active_version"], bank["active_since_step"] = version, 5
         return True
 
