@@ -112,6 +112,8 @@ def test_a_removed_method_is_named():
 @pytest.mark.parametrize("version", [support.VERSION for support in SUPPORTS])
 def test_the_seams_hold_in_the_wheel_of_every_supported_version(version):
     told = CliRunner().invoke(app, ["check", "--sglang", version])
+    if told.exit_code == 2:
+        pytest.skip(told.output)  # no package index can be reached
     assert told.exit_code == 0, told.output
 
 
