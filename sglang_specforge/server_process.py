@@ -16,6 +16,7 @@ import httpx
 
 # Of every server that is started here, where a machine needs it: the device, if nobody says one, and flags, which win.
 DEVICE_VARIABLE, FLAGS_VARIABLE = "SPECFORGE_SERVER_DEVICE", "SPECFORGE_SERVER_FLAGS"
+_READY_LIMIT_S, _READY_LIMIT_OF_A_GPU_S = 240.0, 600.0  # where kernels are compiled at first
 _POLL_S = 0.25
 _STOP_LIMIT_S = 20.0
 
@@ -39,6 +40,7 @@ class ServerProcess:
         given = shlex.split(os.environ.get(FLAGS_VARIABLE, ""))
         arguments = ["--device", device, "--tp-size", tp, "--dp-size", dp, *arguments, *given]
         self.url, self.log = f"http://127.0.0.1:{port}", log
+        self._ready_limit_s = _READY_LIMIT_S if device == "cpu" else _READY_LIMIT_OF_A_GPU_S
         command = [sys.executable, "-m", "sglang.launch_server", "--host", "127.0.0.1", "--port", port, *arguments]
         self._command, self._environment = list(map(str, command)), {**os.environ, **environment}
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -51,25 +53,25 @@ class ServerProcess:
         self.stop()
 
     @classmethod
-    def start(cls, *args: Any, ready_limit_s: float = 240.0, **kwargs: Any) -> "ServerProcess":
+    def start(cls, *args: Any, **kwargs: Any) -> "ServerProcess":
         """A server that is ready. Raises ServerFailed, and then nothing of it is left."""
         server = cls(*args, **kwargs)
         try:
-            server.wait_until_ready(ready_limit_s)
+            server.wait_until_ready()
         except BaseException:
             server.stop()
             raise
         return server
 
-    def restart(self, ready_limit_s: float = 240.0) -> None:
+    def restart(self) -> None:
         """End it and start it again at its address. Raises ServerFailed."""
         self.stop()
         self.process = self._spawn()
-        self.wait_until_ready(ready_limit_s)
+        self.wait_until_ready()
 
-    def wait_until_ready(self, limit_s: float) -> None:
+    def wait_until_ready(self) -> None:
         """Until it has generated a token. Raises ServerFailed."""
-        end_s = time.monotonic() + limit_s
+        end_s = time.monotonic() + self._ready_limit_s
         while time.monotonic() < end_s:
             if self.process.poll() is not None:
                 raise ServerFailed(f"the server ended with exit code {self.process.returncode}:\n{self.log_tail()}")
@@ -77,7 +79,7 @@ class ServerProcess:
                 if httpx.get(f"{self.url}/health_generate", timeout=30, trust_env=False).status_code == 200:
                     return
             time.sleep(_POLL_S)
-        raise ServerFailed(f"the server was not ready within {limit_s:.0f} s:\n{self.log_tail()}")
+        raise ServerFailed(f"the server was not ready within {self._ready_limit_s:.0f} s:\n{self.log_tail()}")
 
     def log_tail(self, lines: int = 25) -> str:
         return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
