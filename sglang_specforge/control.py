@@ -164,13 +164,13 @@ class ControlService:
         """The answer of ``GET /draft/versions``: every version of the run folder, oldest first. Raises NotAttached."""
         ranks = await self.swaps.ranks()
         acceptance = by_version([rank["export"] for rank in ranks if rank["export"]])
-        bank = ranks[0]["bank"]
+        bank, in_service = ranks[0]["bank"], {rank["bank"]["active_version"] for rank in ranks}
         return [
             {
                 "version": version,
                 "path": str(path := self.swaps.path(version)),
                 "sha256": noted_content(path),
-                "active": version == bank["active_version"],
+                "active": version in in_service,  # during an A/B, on replicas several are
                 "resident": version in bank["resident_versions"],
                 "refused": bank["refused"].get(str(version)) or self.swaps.failed.get(version),
                 "verdict": msgspec.to_builtins(self._verdicts.get(version)),
