@@ -13,11 +13,10 @@ import tempfile
 from pathlib import Path
 from typing import Annotated
 
-import httpx
 import typer
-from measuring import TINY_TARGET, save_record, start_capturing, start_plain
+from measuring import TINY_TARGET, add_random_draft, save_record, start_capturing, start_plain
 
-from sglang_specforge.new_draft import init_draft
+from sglang_specforge.client import ask
 from sglang_specforge.server_process import ServerProcess
 from sglang_specforge.traffic import stream_prompts
 
@@ -28,11 +27,7 @@ TOKENS = 64
 def answer(server: ServerProcess, prompt: str) -> list[int]:
     sampling = {"temperature": 0, "max_new_tokens": TOKENS, "ignore_eos": True}
     body = {"text": prompt, "sampling_params": sampling}
-    return (
-        httpx.post(f"{server.url}/generate", json=body, timeout=600, trust_env=False)
-        .raise_for_status()
-        .json()["output_ids"]
-    )
+    return ask("POST", server.url, "/generate", None, json=body, timeout=600).json()["output_ids"]
 
 
 def main(
@@ -46,15 +41,11 @@ def main(
         with start_plain(target, folder, *SERVING) as server:
             expected = [answer(server, prompt) for prompt in prompts]
         with start_capturing(target, folder, *SERVING, "--draft-gate", "off") as server:
-            draft = init_draft(
-                str(target), folder / "draft", draft_vocab_size=768, dtype=server.status()["served_dtype"], seed=1
-            )
-            made = httpx.post(f"{server.url}/draft/versions", json={"path": str(draft)}, timeout=120, trust_env=False)
-            versions = [0, made.raise_for_status().json()["version"]]
+            versions = [0, add_random_draft(server, target, folder, seed=1)]
             found = []
             for number, prompt in enumerate(prompts):
                 body = {"version": versions[number % 2]}
-                httpx.post(f"{server.url}/draft/activate", json=body, timeout=120, trust_env=False).raise_for_status()
+                ask("POST", server.url, "/draft/activate", None, json=body, timeout=120)
                 found.append(answer(server, prompt))
             swaps = server.status()["draft"]["swaps"]
     same = sum(a == b for a, b in zip(found, expected, strict=True))

@@ -13,6 +13,8 @@ from typing import Any
 import scipy.stats
 import torch
 
+from sglang_specforge.client import ask
+from sglang_specforge.new_draft import init_draft
 from sglang_specforge.server_process import ServerProcess
 from sglang_specforge.traffic import Tally
 
@@ -51,6 +53,14 @@ def start_capturing(target: Path, folder: Path, *arguments: Any) -> ServerProces
 def start_plain(target: Path, folder: Path, *arguments: Any) -> ServerProcess:
     """A real server in float32 without speculation and without the plugin: the peer."""
     return ServerProcess.start(folder / "plain", ["--model-path", target, *_SERVED, *arguments])
+
+
+def add_random_draft(server: ServerProcess, target: Path, folder: Path, seed: int) -> int:
+    """Its version."""
+    dtype = server.status()["served_dtype"]
+    draft = init_draft(str(target), folder / f"draft{seed}", draft_vocab_size=768, dtype=dtype, seed=seed)
+    answer = ask("POST", server.url, "/draft/versions", None, json={"path": str(draft)}, timeout=120)
+    return answer.json()["version"]
 
 
 def stop_at_failures(tally: Tally) -> None:

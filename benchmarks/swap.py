@@ -20,12 +20,11 @@ from typing import Annotated
 import httpx
 import numpy as np
 import typer
-from measuring import TINY_TARGET, save_record, start_capturing, start_plain
+from measuring import TINY_TARGET, add_random_draft, save_record, start_capturing, start_plain
 from rich.console import Console
 from rich.table import Table
 from steady_load import Load, Window, by_turns, waits_ms
 
-from sglang_specforge.new_draft import init_draft
 from sglang_specforge.server_process import ServerProcess
 
 EVERY_S = 1.0
@@ -79,11 +78,7 @@ def main(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with start_capturing(target, folder, *SERVING, *UNWATCHED) as server:
-            dtype = server.status()["served_dtype"]
-            drafts = [
-                init_draft(str(target), folder / f"draft{i}", draft_vocab_size=768, dtype=dtype, seed=i) for i in (1, 2)
-            ]
-            versions = [post(server, "/draft/versions", {"path": str(d)}).json()["version"] for d in drafts]
+            versions = [add_random_draft(server, target, folder, seed) for seed in (1, 2)]
             measured["swap"] = measure(
                 server, "swap", lambda i: post(server, "/draft/activate", {"version": versions[i % 2]}), minutes
             )

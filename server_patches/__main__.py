@@ -3,7 +3,6 @@
 import subprocess
 import sys
 import tempfile
-from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated
@@ -35,7 +34,7 @@ def check(
     ] = None,
 ) -> None:
     """Print each seam, what ours does there, and whether it holds; exit with 1 where one does not."""
-    from server_patches.supported import support_of
+    from server_patches.supported import installed, support_of
 
     with tempfile.TemporaryDirectory() as folder:
         if version:
@@ -43,7 +42,7 @@ def check(
         if wheel:
             support = support_of(_version_of(wheel))
             raise typer.Exit(_report(support, Sources.of_wheel(wheel), wheel.name))
-    raise typer.Exit(_report(support_of(metadata.version("sglang")), Imported(), "the installed sglang"))
+    raise typer.Exit(_report(installed(), Imported(), "the installed sglang"))
 
 
 def _report(support: ModuleType, view: View, what: str) -> int:

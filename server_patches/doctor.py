@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from server_patches.targets import Imported, difference
+from server_patches.targets import Imported, differences
 
 console = Console(soft_wrap=True)
 
@@ -57,7 +57,7 @@ def _torch() -> Iterator[Finding]:
     if install.needs_portable_kernels():
         install.install_kernels()
         yield Finding("kernels", "portable ones, on the CPU: for development and tests")
-    elif names or os.getenv("SGLANG_USE_CPU_ENGINE", "0") == "1":
+    elif names or install.is_cpu_engine():
         version = importlib.util.find_spec("sgl_kernel") and importlib.metadata.version("sglang-kernel")
         yield Finding("kernels", version or "none", None if version else "install sglang-kernel")
     else:
@@ -89,12 +89,11 @@ def _plugin() -> Finding:
 
 
 def _seams() -> Iterator[Finding]:
-    from server_patches.supported import SUPPORTED, support_of
+    from server_patches.supported import SUPPORTED, installed
 
-    version = importlib.metadata.version("sglang")
-    support, view = support_of(version), Imported()
+    version, support = importlib.metadata.version("sglang"), installed()
     with warnings.catch_warnings(action="ignore"):  # of what SGLang misses for other machines
-        problems = [problem for seam in support.TARGETS if (problem := difference(seam, view))]
+        problems = differences(support.TARGETS, Imported())
     held = len(support.TARGETS) - len(problems)
     found = f"{version}; {held} of {len(support.TARGETS)} seams of {support.VERSION} hold"
     yield Finding("SGLang", found, "; ".join([*problems, f"supported: {SUPPORTED}"]) if problems else None)

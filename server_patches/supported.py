@@ -20,12 +20,17 @@ def support_of(version: str) -> ModuleType:
     return older[-1] if older else SUPPORTS[0]
 
 
+def installed() -> ModuleType:
+    """The support of the SGLang that is installed."""
+    return support_of(sglang.__version__)
+
+
 def check() -> None:
     """Raises IncompatibleSGLang where the installed SGLang is not one the hooks were written for."""
-    verify(support_of(sglang.__version__).TARGETS, SUPPORTED, sglang.__version__)
+    verify(installed().TARGETS, SUPPORTED, sglang.__version__)
 
 
 def register_scheduler_hooks() -> None:
     """Scheduler processes of a run: capture, swap and their counters. Nothing in any other process."""
     if "sglang.srt.managers.scheduler" in sys.modules:
-        support_of(sglang.__version__).register_scheduler_hooks()
+        installed().register_scheduler_hooks()

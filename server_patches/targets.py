@@ -96,10 +96,14 @@ def difference(seam: Seam, view: View) -> str | None:
     return f"expected {seam}, but {found}" if found else None
 
 
+def differences(seams: tuple[Seam, ...], view: View) -> list[str]:
+    """Of every seam that does not hold."""
+    return [problem for seam in seams if (problem := difference(seam, view))]
+
+
 def verify(seams: tuple[Seam, ...], supported: str, found: str) -> None:
     """Raises IncompatibleSGLang naming every seam that differs, what was expected, and the supported versions."""
-    problems = [problem for seam in seams if (problem := difference(seam, Imported()))]
-    if problems:
+    if problems := differences(seams, Imported()):
         raise IncompatibleSGLang(
             "draft training does not fit this SGLang:\n  " + "\n  ".join(problems) + f"\nfound sglang {found}, "
             f"supported: {supported}. Install a supported version, or start without --enable-draft-training."

@@ -180,16 +180,11 @@ class Swaps:
 
     async def show(self, version: int, **more: int) -> None:
         """Put a version that is resident on every rank into service, without a note of it. Raises SwapRefused."""
-        if not await self._engine.set_state(draft_training_activate=version, **more):
-            raise SwapRefused(f"version {version} is not resident on every rank any more")
-        self._used = [v for v in self._used if v != version] + [version]
+        await self._show({"draft_training_activate": version}, more)
 
     async def show_each(self, versions: dict[int, int], **more: int) -> None:
         """The same with a version for each replica, each at a step of its own. Raises SwapRefused."""
-        orders = {f"draft_training_activate_{replica}": version for replica, version in versions.items()}
-        if not await self._engine.set_state(**orders, **more):
-            shown = ", ".join(map(str, sorted(set(versions.values()))))
-            raise SwapRefused(f"one of versions {shown} is not resident on every rank any more")
+        await self._show({f"draft_training_activate_{replica}": one for replica, one in versions.items()}, more)
 
     async def hold(self, holder: str, versions: list[int]) -> None:
         """From now on ``holder`` decides alone, with these versions resident.
@@ -221,6 +216,12 @@ class Swaps:
         if not all("draft_training" in state for state in states):
             raise NotAttached("a scheduler runs without draft training: its plugin did not load; see the server's log")
         return [state["draft_training"] for state in states]
+
+    async def _show(self, orders: dict[str, int], more: dict[str, int]) -> None:
+        shown = sorted(set(orders.values()))
+        if not await self._engine.set_state(**orders, **more):
+            raise SwapRefused(f"version {' or '.join(map(str, shown))} is not resident on every rank any more")
+        self._used = [v for v in self._used if v not in shown] + shown
 
     def _note(self) -> None:
         """A disk that takes no note does not stop a change: only a restarted server would not know of it."""

@@ -3,7 +3,7 @@
     python benchmarks/gpu/collect.py [--out DIR] [--most-mib 60]
 
 What SGLang's wheels hold for other GPUs, other models' kernels or other uses is left out of them, and what is left is
-packed tighter; pip installs them as any other (``prepare.sh``).
+packed tighter; pip installs them as any other (``site_folder.py``).
 """
 
 import csv

@@ -33,19 +33,8 @@ def environment() -> dict[str, str]:
 
 
 def _install(wheels: list[Path], folder: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-index",
-        "--no-deps",
-        "--target",
-        folder,
-        *wheels,
-    ]
-    if subprocess.run(command).returncode:  # pip has said why
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", folder]
+    if subprocess.run([*command, *wheels]).returncode:  # pip has said why
         shutil.rmtree(folder, ignore_errors=True)
         raise typer.Exit(2)
 

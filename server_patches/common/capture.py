@@ -111,11 +111,11 @@ def _pick(batch: Any, nbytes: list[int]) -> list[tuple[int, Admitted]]:
 
 
 def _row_bytes(states: dict[str, torch.Tensor]) -> int:
-    return sum(coding.row_bytes(state, process.this.travel) for state in states.values())
+    return sum(coding.row_bytes(state, process.this.run.settings.capture_dtype) for state in states.values())
 
 
 def _capture(requests: list[Any], states: dict[str, torch.Tensor], tokens_N: torch.Tensor, **facts: Any) -> None:
-    states = {name: coding.pack(state, process.this.travel) for name, state in states.items()}
+    states = {name: coding.pack(state, process.this.run.settings.capture_dtype) for name, state in states.items()}
     process.this.exporter.capture(
         process.this.copier.copy(requests, process.this.bank.active_version, states, tokens_N, **facts)
     )

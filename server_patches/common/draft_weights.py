@@ -18,7 +18,7 @@ _SHARED = ("embed_tokens",)
 class LiveDraft:
     """``EagleDraftWorker``'s model on this rank, sharded as SGLang sharded it."""
 
-    def __init__(self, draft_worker: Any, place: BankPlace = "device") -> None:
+    def __init__(self, draft_worker: Any, place: BankPlace) -> None:
         self._worker = draft_worker
         self._model = draft_worker.draft_runner.model
         self._place = place
@@ -32,8 +32,9 @@ class LiveDraft:
         stand_in = _StandIn((name, p, self._room_for(p.data)) for name, p in self._swappable())
         type(self._model).load_weights(stand_in, tensors)
         shadows = {name: p.data for name, p in stand_in.parameters.items()}
-        if (token_map := stand_in.hot_token_id) is not None:
-            shadows["hot_token_id"] = self._room_for(token_map.to(self._worker.device)).copy_(token_map)
+        live, new = self._worker.hot_token_id, stand_in.hot_token_id
+        if live is not None and new is not None:
+            shadows["hot_token_id"] = self._room_for(live).copy_(new)
         return shadows
 
     def copy_in(self, shadows: Shadows) -> None:

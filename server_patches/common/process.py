@@ -17,7 +17,6 @@ from sglang.srt.runtime_context import get_parallel
 from server_patches.common.consent import OPT_KEY, SLICE_KEY, asked
 from server_patches.common.draft_weights import LiveDraft
 from server_patches.common.drafting import Switch
-from sglang_specforge.contracts.spans import Travel
 from sglang_specforge.draft_bank import DraftBank
 from sglang_specforge.export.admission import Admission
 from sglang_specforge.export.entry import HostCopier
@@ -35,7 +34,6 @@ class DraftTraining:
 
     run: Run
     bank: DraftBank
-    travel: Travel
     exporter: Exporter | None  # on one rank of each attention-TP group
     copier: HostCopier | None
     switch: Switch | None  # where drafting may be switched off
@@ -81,7 +79,7 @@ def attach(
     if run.settings.drafting != "always":
         switch = Switch(worker.speculative_num_steps)
         install(worker, switch)
-    this = DraftTraining(run, bank, run.settings.capture_dtype, exporter, copier, switch)
+    this = DraftTraining(run, bank, exporter, copier, switch)
 
 
 class _Served:

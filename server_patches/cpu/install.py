@@ -24,13 +24,17 @@ def activate() -> None:
 
 def needs_portable_kernels() -> bool:
     """The CPU engine was asked for, there is no GPU, and no real ``sgl_kernel`` can be imported."""
-    if os.getenv("SGLANG_USE_CPU_ENGINE", "0") != "1":
+    if not is_cpu_engine():
         return False
     import torch
 
     if torch.cuda.is_available():
         return False
     return is_installed() or not _real_sgl_kernel_works()
+
+
+def is_cpu_engine() -> bool:
+    return os.getenv("SGLANG_USE_CPU_ENGINE", "0") == "1"
 
 
 def is_installed() -> bool:

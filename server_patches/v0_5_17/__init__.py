@@ -35,11 +35,7 @@ TARGETS: tuple[Seam, ...] = (
     Symbol("sglang.srt.speculative.eagle_worker_common.run_eagle_verify", "relied upon: calls it by that name"),
     Target(f"{ADAPTIVE}.AdaptiveController.__init__", ("self", "worker"), f"made: {SWITCHED}"),
     Members(f"{ADAPTIVE}.AdaptiveController", ("params",), "set: likewise"),
-    Members(
-        f"{ADAPTIVE}.AdaptiveSpeculativeParams",
-        POLICY,
-        "implemented: likewise",
-    ),
+    Members(f"{ADAPTIVE}.AdaptiveSpeculativeParams", POLICY, "implemented: likewise"),
     Target(f"{_ANSWER}.accept", ("self", "req"), f"AFTER: {ANSWERS}"),
     Members(_ANSWER, ("rids", "customized_info"), "read and written: likewise"),
 )

@@ -35,11 +35,7 @@ SHARED_WITH_0_5_22: tuple[Seam, ...] = (
     Target(f"{WORKER}._forward_prefill_batch", ("self", "batch"), "AROUND: captures prompts"),
     Members(RESULT, ("accept_index",), "read: which drafts were accepted"),
     Target(f"{ADAPTIVE}.AdaptiveController.__init__", ("self", "worker", "policy"), f"made: {SWITCHED}"),
-    Members(
-        f"{ADAPTIVE}.AdaptiveSpecPolicy",
-        POLICY,
-        "implemented: likewise",
-    ),
+    Members(f"{ADAPTIVE}.AdaptiveSpecPolicy", POLICY, "implemented: likewise"),
     Target(f"{SCHEDULER}.get_output_streamer_class", ("self",), f"AFTER: {ANSWERS}"),
     Target(f"{_STREAMER}.build_additional_customized_info", ("self", "reqs"), "overridden: likewise"),
 )

@@ -46,7 +46,7 @@ def test_states_of_last_rows_alone_and_of_passes_without_aux_states_are_left_as_
 
 @pytest.fixture
 def ordered(monkeypatch):
-    """Orders that note what they did; ``refused`` refuses."""
+    """Orders that note what they did; one refuses."""
     done = []
     ours = {
         "draft_training_load": Order(lambda value: done.append(("load", value))),
