@@ -60,7 +60,7 @@ class Sink:
     """In the place of the assembler: copies states into memory that is there already."""
 
     def __init__(self, nbytes: int) -> None:
-        self.messages, self._own = 0, torch.zeros(nbytes, dtype=torch.uint8)
+        self.rows, self._own = 0, torch.zeros(nbytes, dtype=torch.uint8)
 
     def add(self, message: Captured, tensors: dict[str, torch.Tensor], are_intact: Any = None) -> list[Any]:
         at = 0
@@ -68,12 +68,12 @@ class Sink:
             flat = tensor.reshape(-1).view(torch.uint8)
             self._own[at : at + flat.numel()].copy_(flat)
             at += flat.numel()
-        self.messages += 1
+        self.rows += len(tensors["tokens"] if message is None else tensors["tokens_N"])
         return []
 
 
 def read(way: str, endpoint: str, nbytes: int, orders: Connection, own: Identity, peer: str) -> None:
-    """The reader's process: says where it listens, takes as many messages as it is told, and says when it has them."""
+    """The reader's process: says where it listens, takes as many rows as it is told, and says when it has them."""
     torch.set_num_threads(1)
     sink = Sink(nbytes + (1 << 20))
     if way == "pickled pyzmq":
@@ -94,8 +94,8 @@ def read(way: str, endpoint: str, nbytes: int, orders: Connection, own: Identity
 
     orders.send(endpoint)
     while (wanted := orders.recv()) is not None:
-        until = sink.messages + wanted
-        while sink.messages < until:
+        until = sink.rows + wanted
+        while sink.rows < until:
             receive()
         orders.send("done")
 
@@ -195,7 +195,7 @@ def measure(way: str, hidden: int, tokens: int, rounds: int) -> Measured:
             count = min(MOST_MESSAGES, -(-ring_bytes // states.nbytes)) if number == 0 else messages
             copied.append(copy_gb_s(states, plain, count))
             started_s = time.perf_counter()
-            orders.send(count)
+            orders.send(count * tokens)
             for _ in range(count):
                 sender.send()
             orders.recv()

@@ -161,10 +161,11 @@ class Exporter:
         self._captured += message.tokens
         if not spans:
             self.ring.release(entry.region)
-        elif self._link.send_states(message, tensors, entry.region):
-            self._sent += message.tokens
-        else:
-            self._drop("nobody_listening", message.tokens)
+            return
+        sent = self._link.send_states(message, tensors, entry.region)
+        self._sent += sent
+        if unsent := message.tokens - sent:
+            self._drop("nobody_listening", unsent)
 
     def _count(self, verified: Verified, version: int) -> None:
         committed = verified.committed()

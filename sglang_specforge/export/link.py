@@ -18,6 +18,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from sglang_specforge import curve
 from sglang_specforge.contracts.spans import Captured, Message, Shared, encode_header
+from sglang_specforge.export.pieces import cut
 from sglang_specforge.export.ring import HostRing, Region
 from sglang_specforge.pull import Puller
 from sglang_specforge.reader import Way
@@ -56,18 +57,16 @@ class Link:
         """Whether somebody reads it."""
         return self._send_copied([encode_header(message)])
 
-    def send_states(self, message: Captured, tensors: list[torch.Tensor], region: Region) -> bool:
+    def send_states(self, message: Captured, tensors: list[torch.Tensor], region: Region) -> int:
         """Send a message whose first ``tensors`` lie in ``region``, end to end, and the last one elsewhere.
 
-        Whether somebody reads it; if so, the region is released when the reader is done, otherwise now.
+        How many of its tokens went to a reader; the region is released when the reader is done, or now if there is
+        none.
         """
         self._look_for_partings()
-        sent = (self._say_where if self._is_shared() else self._send_frames)(message, tensors, region)
-        if sent is None:
-            self._ring.release(region)
-            return False
-        self._in_flight.append(sent)
-        return True
+        if self._is_shared():
+            return self._say_where(message, tensors, region)
+        return self._send_frames(message, tensors, region)
 
     def release_read(self) -> None:
         """Give back the memory of what has been read."""
@@ -129,27 +128,36 @@ class Link:
                 self._ring.release(sent.region)
         self._in_flight = deque(sent for sent in self._in_flight if not sent.message)
 
-    def _say_where(self, message: Captured, tensors: list[torch.Tensor], region: Region) -> _InFlight | None:
+    def _say_where(self, message: Captured, tensors: list[torch.Tensor], region: Region) -> int:
         *states, tokens_N = tensors
         ends = accumulate((tensor.nbytes for tensor in states), initial=region.offset)
         shared = Shared(self._message + 1, list(ends)[:-1])
         if not self._send_copied([encode_header(msgspec.structs.replace(message, shared=shared)), _memory(tokens_N)]):
-            return None
+            self._ring.release(region)
+            return 0
         self._message += 1
-        return _InFlight(region, None, self._message)
+        self._in_flight.append(_InFlight(region, None, self._message))
+        return message.tokens
 
-    def _send_frames(self, message: Captured, tensors: list[torch.Tensor], region: Region) -> _InFlight | None:
+    def _send_frames(self, message: Captured, tensors: list[torch.Tensor], region: Region) -> int:
         if self._way is not None and self._pullable is not None:
             remote = msgspec.structs.replace(self._pullable, reader=self._reader)
             message = msgspec.structs.replace(message, pullable=remote)
         elif self._way is None and self._segment is not None:
             message = msgspec.structs.replace(message, offered=self._segment.address(self._reader))
-        frames = [encode_header(message), *map(_memory, tensors)]
-        try:
-            tracker = self._socket.send_multipart(frames, flags=zmq.NOBLOCK, copy=False, track=True)
-        except zmq.Again:
-            return None
-        return _InFlight(region, tracker, 0)
+        trackers, tokens = [], 0
+        for piece, parts in cut(message, tensors):
+            frames = [encode_header(piece), *map(_memory, parts)]
+            try:
+                trackers.append(self._socket.send_multipart(frames, flags=zmq.NOBLOCK, copy=False, track=True))
+            except zmq.Again:
+                break
+            tokens += piece.tokens
+        if trackers:
+            self._in_flight.append(_InFlight(region, zmq.MessageTracker(*trackers), 0))
+        else:
+            self._ring.release(region)
+        return tokens
 
     def _send_copied(self, frames: list[Any]) -> bool:
         """Small ones: cheaper to copy than to keep track of."""

@@ -9,6 +9,7 @@ import zmq
 
 from sglang_specforge.contracts import spans
 from sglang_specforge.contracts.frames import WireError, decode
+from sglang_specforge.export import pieces
 from sglang_specforge.export.admission import Admission
 from sglang_specforge.export.entry import HostCopier, Prefilled, Verified
 from sglang_specforge.export.exporter import Exporter
@@ -132,6 +133,28 @@ def test_verify_spans_are_the_accepted_paths_of_the_captured_requests(chain):
         spans.Span("b", 20, 4, 4, 4, 0, 8, -1),
         spans.Span("c", 30, 1, 8, 4, 2, 9, 9 if chain else -1, slice="code"),
     ]
+
+
+def test_a_long_pass_arrives_in_pieces_and_its_memory_comes_back_with_the_last(endpoint, monkeypatch):
+    monkeypatch.setattr(pieces, "_PIECE_BYTES", 10 * 4 * H * 2)
+    socket = zmq.Context.instance().socket(zmq.PULL)
+    socket.bind(endpoint)
+    exporter, copier = exporting(endpoint, 1 << 16)
+    wait_for(lambda: exporter.counters()["closed"] is None)
+    assert picks(exporter, Request("a", 50), 50 * 4 * H * 2)
+    entry, captured = prefill(copier, rows=50)
+    exporter.capture(entry)
+    arrived = []
+    while sum(message.tokens for message, _ in arrived) < 50:
+        arrived.append(decode([f.buffer for f in socket.recv_multipart(copy=False)]))
+    assert len(arrived) > 2
+    assert torch.equal(torch.cat([tensors["aux_N3H"] for _, tensors in arrived]), captured["aux_N3H"])
+    assert (exporter.counters()["sent"], exporter.counters()["dropped"]) == (50, {})
+    assert exporter.ring.used_bytes > 0
+    arrived.clear()
+    wait_for(lambda: exporter.ring.used_bytes == 0)
+    exporter.stop()
+    socket.close()
 
 
 def test_nothing_is_captured_while_nobody_listens_and_what_is_under_way_then_is_counted(endpoint):
