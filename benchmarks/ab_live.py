@@ -22,7 +22,7 @@ from rich.table import Table
 from scipy import stats
 from steady_load import in_background
 
-from sglang_specforge.ab.experiment import Report
+from sglang_specforge.ab.report import Report
 
 SERVING = ("--max-total-tokens", 16384, "--max-running-requests", 16, "--draft-gate", "off")
 

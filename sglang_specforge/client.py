@@ -28,7 +28,7 @@ def authorization(api_key: str | None) -> dict[str, str]:
 
 
 class Unanswered(RuntimeError):
-    """A server gave no answer that can be used; the message says why, and what to do."""
+    """A server gave no answer that can be used, or refused; the message says why, and what to do."""
 
 
 def request(method: str, url: str, path: str, api_key: str | None, **kwargs: Any) -> httpx.Response:
@@ -58,6 +58,14 @@ def refusal(answer: httpx.Response) -> str | None:
         return answer.json().get("message")
     except ValueError:
         return None
+
+
+def accepted(method: str, url: str, path: str, api_key: str | None, **kwargs: Any) -> httpx.Response:
+    """The server's answer. Raises Unanswered: also for a refusal."""
+    answer = request(method, url, path, api_key, **kwargs)
+    if (why := refusal(answer)) is not None:
+        raise Unanswered(f"{url} refused: {why}")
+    return answer
 
 
 def ask(method: str, url: str, path: str, api_key: str | None, **kwargs: Any) -> httpx.Response:
@@ -94,9 +102,7 @@ def upload_checkpoint(url: str, api_key: str | None, checkpoint: Path) -> str:
     with contextlib.ExitStack() as opened:
         named = {"config": "config.json", "weights": "model.safetensors"}
         files = {field: opened.enter_context((checkpoint / name).open("rb")) for field, name in named.items()}
-        answer = request("POST", url, "/draft/uploads", api_key, files=files, timeout=COPY_LIMIT_S)
-    if (why := refusal(answer)) is not None:
-        raise Unanswered(why)
+        answer = accepted("POST", url, "/draft/uploads", api_key, files=files, timeout=COPY_LIMIT_S)
     return answer.json()["path"]
 
 

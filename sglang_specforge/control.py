@@ -17,6 +17,8 @@ import zmq.asyncio
 
 from sglang_specforge import curve
 from sglang_specforge.ab.experiment import Experiments
+from sglang_specforge.ab.part import Part
+from sglang_specforge.ab.windows import Windows
 from sglang_specforge.checkpoint import CheckpointError, noted_content
 from sglang_specforge.contracts import control
 from sglang_specforge.drafting import Governor
@@ -42,7 +44,8 @@ class ControlService:
 
     def __init__(self, run: Run, engine: Engine) -> None:
         self.swaps = Swaps(run, engine)
-        self.experiments = Experiments(self.swaps, run.run_dir / "ab")
+        windows = Windows(self.swaps)
+        self.experiments, self.part = Experiments(self.swaps, windows, run.run_dir / "ab"), Part(self.swaps, windows)
         self.drafting = Governor(self.swaps, engine, run.settings.drafting)
         self._run, self._engine = run, engine
         self._supervisor = TrainerSupervisor(run) if run.settings.trainer == "spawn" else None
@@ -251,6 +254,7 @@ class ControlService:
             try:
                 if self._lease.has_run_out():
                     await self.end_lease(self._lease.reader.key, "it has not been heard of")
+                await self.part.end_if_left()
                 ranks = await self.swaps.ranks()
                 await self._watch.look(ranks, drafting=self.drafting.is_on)
                 if metrics is not None:

@@ -16,8 +16,13 @@ from fastapi import Path as PathParameter
 from fastapi.responses import FileResponse
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 
-from sglang_specforge.ab.experiment import Report, UnknownExperiment
+from sglang_specforge.ab.comparison import Turn
+from sglang_specforge.ab.experiment import UnknownExperiment
+from sglang_specforge.ab.part import LEASE_S as PART_LEASE_S
+from sglang_specforge.ab.part import NoPart
 from sglang_specforge.ab.plan import Plan
+from sglang_specforge.ab.report import Report
+from sglang_specforge.ab.windows import NotCounted
 from sglang_specforge.checkpoint import CheckpointError
 from sglang_specforge.control import ControlService
 from sglang_specforge.drafting import DraftingFixed
@@ -29,15 +34,18 @@ from sglang_specforge.swaps import Change, DraftHeld, NotAttached, SwapRefused, 
 _STATUS = {
     UnknownVersion: 404,
     UnknownExperiment: 404,
+    NoPart: 404,
     DraftHeld: 409,
     ReaderHeld: 409,
     CheckpointError: 422,
     SwapRefused: 422,
     DraftingFixed: 422,
     NotAttached: 503,
+    NotCounted: 503,
 }
 Version = Annotated[StrictInt, Field(ge=0, lt=2**53, description="Number of a draft version.")]
 Why = Annotated[str, Field(max_length=1000, description="For the audit log.")]
+Leader = Annotated[str, PathParameter(pattern="^[0-9a-f]{8,64}$", description="Whoever leads an A/B of servers.")]
 
 
 class _Body(BaseModel):
@@ -78,6 +86,18 @@ class DraftingMode(_Body):
 
     mode: Drafting
     why: Why = ""
+
+
+class Arms(_Body):
+    """Body of ``POST /draft/ab/led/{leader}``."""
+
+    versions: Annotated[list[Version], Field(min_length=1, max_length=8)]
+
+
+class Window(_Body):
+    """Body of ``POST /draft/ab/led/{leader}/window``."""
+
+    version: Version
 
 
 class Capture(_Body):
@@ -216,6 +236,39 @@ def make_router(service: ControlService, run: Run) -> APIRouter:
         """End it: what was active before is active again. One that has ended stays as it is."""
         with _answered():
             return await experiments.stop(id, _who(request))
+
+    @router.post("/ab/led/{leader}")
+    async def join(leader: Leader, body: Arms, request: Request) -> dict[str, float]:
+        """Take part in an A/B of several servers: its leader alone decides which of these versions is shown, until it
+        ends that, or says nothing for the answered number of seconds."""
+        with _answered():
+            await service.part.join(leader, body.versions, _who(request))
+        return {"seconds": PART_LEASE_S}
+
+    @router.post("/ab/led/{leader}/window")
+    async def open_window(leader: Leader, body: Window) -> dict[str, int]:
+        """Begin a window with this version."""
+        with _answered():
+            await service.part.show(leader, body.version)
+        return {"version": body.version}
+
+    @router.get("/ab/led/{leader}")
+    async def look_into_window(leader: Leader) -> Turn:
+        """What the present window has seen so far."""
+        with _answered():
+            return await service.part.look(leader)
+
+    @router.delete("/ab/led/{leader}")
+    async def leave(
+        leader: Leader,
+        request: Request,
+        promote: Annotated[int | None, Query(ge=0, lt=2**53, description="Version to activate.")] = None,
+        why: Why = "",
+    ) -> dict[str, int]:
+        """End the server's part: what was active before is active again, or what is promoted."""
+        with _answered():
+            await service.part.end(leader, _who(request), why, promote)
+        return {"active": swaps.active}
 
     return router
 

@@ -10,6 +10,7 @@ Layout: a page of 8-byte counters, each written by one side alone, and the expor
 import fcntl
 import mmap
 import os
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,7 @@ class SharedSegment:
         size = HEADER_BYTES + nbytes
         try:
             self._fd = os.memfd_create(_NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            weakref.finalize(self, os.close, self._fd)  # or its memory would outlive it
             os.posix_fallocate(self._fd, 0, size)  # now, or a write would find no memory and kill the process
             fcntl.fcntl(self._fd, _F_ADD_SEALS, _SEAL_SHRINK | _SEAL_GROW | _SEAL_SEAL)
             memory = mmap.mmap(self._fd, size)

@@ -1,5 +1,7 @@
 """``sglang-specforge ab``: starting, watching and ending comparisons of drafts on a live server."""
 
+import asyncio
+import getpass
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,10 +11,11 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
-from sglang_specforge.ab.experiment import Report
 from sglang_specforge.ab.plan import Plan
+from sglang_specforge.ab.report import Report
+from sglang_specforge.ab.servers import Servers, compare_servers
 from sglang_specforge.ab.view import render, write_page
-from sglang_specforge.client import DEFAULT_URL, ApiKey, Url, ask, fail
+from sglang_specforge.client import DEFAULT_URL, ApiKey, Unanswered, Url, ask, fail
 
 app = typer.Typer(help="Compare drafts on live traffic, by turns, until it is settled.", no_args_is_help=True)
 console = Console()
@@ -25,7 +28,10 @@ Id = Annotated[str, typer.Argument(help="Number of the A/B.")]
 def start(
     a: Annotated[str, typer.Option(help="First arm: active, a version's number, or a checkpoint's folder.")] = "active",
     b: Annotated[list[str], typer.Option(help="Another arm; may be repeated.")] = ...,
-    url: Url = DEFAULT_URL,
+    url: Annotated[
+        list[str],
+        typer.Option(help="Address of the server. Repeated: servers that show the arms side by side, led from here."),
+    ] = (DEFAULT_URL,),
     api_key: ApiKey = None,
     window_s: Annotated[float, typer.Option(help="Shortest turn of an arm, in seconds.")] = 5.0,
     min_passes: Annotated[int, typer.Option(help="Verifications of a request that a turn has to see.")] = 50,
@@ -37,21 +43,26 @@ def start(
     wait: Annotated[bool, typer.Option(help="Watch it until it ends.")] = False,
     html: Html = None,
 ) -> None:
-    """Begin a comparison. With --wait: exit code 0 when it is settled, 1 when it is not."""
-    arms = [_arm(given, url, api_key) for given in (a, *b)]
+    """Begin a comparison. With --wait: exit code 0 when it is settled, 1 when it is not.
+
+    One of several servers is led from here until it ends, and stopped by Ctrl-C; checkpoints are copied to each.
+    """
     settings = {
         "window_s": window_s, "min_passes": min_passes, "smallest_difference": smallest_difference, "alpha": alpha,
         "max_blocks": max_blocks, "promote": promote, **({} if seed is None else {"seed": seed}),
     }  # fmt: skip
     try:
-        plan = Plan(arms=arms, **settings)
+        if len(url) > 1:
+            report = _lead(url, api_key, [a, *b], settings)
+        else:
+            plan = Plan(arms=[_arm(given, url[0], api_key) for given in (a, *b)], **settings)
+            report = _report(ask("POST", url[0], "/draft/ab", api_key, json=plan.model_dump(), timeout=180))
+            console.print(f"A/B {report.id} began: versions {', '.join(str(arm.version) for arm in report.arms)}")
+            if not wait and html is None:
+                return
+            report = _watch(report.id, url[0], api_key)
     except pydantic.ValidationError as error:
         fail("; ".join(f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors()))
-    report = _report(ask("POST", url, "/draft/ab", api_key, json=plan.model_dump(), timeout=180))
-    console.print(f"A/B {report.id} began: versions {', '.join(str(arm.version) for arm in report.arms)}")
-    if not wait and html is None:
-        return
-    report = _watch(report.id, url, api_key)
     _show(report, html)
     raise typer.Exit(0 if report.outcome in ("better", "worse", "alike") else 1)
 
@@ -100,6 +111,18 @@ def _watch(id: str, url: str, api_key: str | None) -> Report:
             live.update(render(report), refresh=True)
             time.sleep(_LOOK_EVERY_S)
     return report
+
+
+def _lead(urls: list[str], api_key: str | None, arms: list[str], settings: dict[str, Any]) -> Report:
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        try:
+            leading = compare_servers(
+                Servers(urls, api_key), arms, settings, getpass.getuser(),
+                lambda report: live.update(render(report), refresh=True),
+            )  # fmt: skip
+            return asyncio.run(leading)
+        except (Unanswered, OSError) as error:
+            fail(str(error))
 
 
 def _report(answer: Any) -> Report:

@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.table import Table
 
 from sglang_specforge.ab.comparison import Difference, judge
-from sglang_specforge.ab.experiment import Report
+from sglang_specforge.ab.report import Report
 
 _HEADS = ("arm", "version", "acceptance length", "verifications", "tokens/s", "")
 _PAIR_HEADS = ("compared", "acceptance length", "of fresh requests", "tokens/s", "blocks")
@@ -51,7 +51,8 @@ def write_page(report: Report, file: Path) -> None:
 
 
 def _title(report: Report) -> str:
-    return f"A/B {report.id}: {report.state}" + (f", {report.why}" if report.why else "")
+    servers = f" of {len(report.servers)} servers" if report.servers else ""
+    return f"A/B {report.id}{servers}: {report.state}" + (f", {report.why}" if report.why else "")
 
 
 def _name(place: int) -> str:

@@ -21,6 +21,7 @@ import schemathesis
 from schemathesis.core.control import SkipTest
 from schemathesis.generation import GenerationMode
 
+from sglang_specforge.checkpoint import content_of
 from sglang_specforge.traffic import stream_prompts
 from tests.e2e.conftest import TRAINING, prompts, wait_for
 
@@ -357,6 +358,67 @@ def test_replicas_compare_drafts_at_the_same_time(start, drafts, reference):
 def served_at_once(client):
     states = client.get("/server_info").json()["internal_states"]
     return {state["draft_training"]["bank"]["active_version"] for state in states}
+
+
+@pytest.fixture
+def two_servers(start):
+    flags = ("--dtype", "float32")
+    return [start(*flags, training=NOTHING), start(*flags, training=NOTHING, beside=True)]
+
+
+def lead(servers, drafts, *flags):
+    """``sglang-specforge ab start`` of both drafts on these servers, with its output."""
+    urls = [part for client in servers for part in ("--url", client.server.url)]
+    arms = ["--a", drafts[0], "--b", drafts[1], "--window-s", 0.5, "--min-passes", 20]
+    return subprocess.Popen(
+        list(map(str, [*CLI, "ab", "start", *urls, *arms, *flags])),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def test_servers_compare_drafts_at_the_same_time_and_all_promote_the_winner(two_servers, drafts, reference):
+    first, second = two_servers
+    begun_at, together = [active(client) for client in two_servers], set()
+    with load(first, reference()), load(second, reference()):
+        leader = lead(two_servers, drafts, "--promote")
+        while leader.poll() is None:
+            together.add(tuple(active(client) for client in two_servers))
+        assert leader.returncode == 0, leader.stdout.read()
+    contents = [{v["version"]: v["sha256"] for v in c.get("/draft/versions").json()} for c in two_servers]
+    trained = content_of(drafts[1])
+    assert [content[active(client)] for content, client in zip(contents, two_servers, strict=True)] == [trained] * 2
+    apart = {pair for pair in together if contents[0][pair[0]] != contents[1][pair[1]]}
+    assert len(apart) >= 2  # each of them with each arm
+    for client, before in zip(two_servers, begun_at, strict=True):
+        (joined,), (left,) = events(client, "ab_joined"), events(client, "ab_left")
+        assert left["promoted"] == active(client) != before
+        assert left["leader"] == joined["leader"]
+        assert "commits most tokens a verification (better)" in left["why"]
+
+
+def test_a_leader_that_is_killed_leaves_no_server_with_an_arm_of_its(two_servers, drafts, reference):
+    before = [active(client) for client in two_servers]
+    leader = lead(two_servers, drafts, "--smallest-difference", 1e-6, "--alpha", 1e-9)
+    with load(two_servers[0], reference()), load(two_servers[1], reference()):
+        wait_for("another version in service", lambda: [active(client) for client in two_servers] != before)
+        refused = command(two_servers[1], "activate", before[1], code=1)
+        assert "decides which draft is active" in refused
+        leader.kill()
+        wait_for("they are let go", lambda: not any(c.status()["draft"]["held_by"] for c in two_servers))
+    assert [active(client) for client in two_servers] == before
+    assert all("was not heard of" in events(client, "ab_left")[-1]["why"] for client in two_servers)
+
+
+def test_where_one_server_is_taken_none_takes_part_and_the_reason_is_told(two_servers, drafts):
+    before = [active(client) for client in two_servers]
+    arms = [add(two_servers[1], draft) for draft in drafts]
+    id = two_servers[1].post("/draft/ab", json={"arms": arms}).json()["id"]
+    leader = lead(two_servers, drafts)
+    output, _ = leader.communicate(timeout=120)
+    assert (leader.returncode, f"ab/{id} decides which draft is active" in " ".join(output.split())) == (1, True)
+    command(two_servers[1], "ab", "stop", id)
+    assert [active(client) for client in two_servers] == before
+    assert not any(client.status()["draft"]["held_by"] for client in two_servers)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import pytest
 
 from sglang_specforge.ab.experiment import Experiments
 from sglang_specforge.ab.plan import Plan
+from sglang_specforge.ab.windows import Windows
 from sglang_specforge.swaps import DraftHeld, Swaps
 from tests.sglang_specforge.test_swaps import Groups
 from tests.tiny import make_run, make_target
@@ -41,7 +42,7 @@ class Serving(Groups):
             raise ValueError("a scheduler answers nonsense")
         states = await super().get_states()
         for state, windows in zip(states, self.windows, strict=True):
-            state["draft_training"]["export"] = {"committed_by_window": windows}
+            state["draft_training"]["export"] = {"committed_by_window": windows, "committed_by_version": {}}
         return states
 
 
@@ -54,7 +55,7 @@ def story(tmp_path):
         async def begin():
             serving = Serving(replicas)
             swaps = Swaps(run, serving)
-            experiments = Experiments(swaps, run.run_dir / "ab")
+            experiments = Experiments(swaps, Windows(swaps), run.run_dir / "ab")
             await swaps.add(tmp_path / "draft", "me")
             await body(serving, swaps, experiments)
 
@@ -141,7 +142,7 @@ def test_a_server_that_ends_leaves_a_report_that_says_so(story):
             await asyncio.sleep(0.01)
         experiments.abandon()
         await asyncio.sleep(0)
-        (found,) = Experiments(swaps, story.folder).all()
+        (found,) = Experiments(swaps, Windows(swaps), story.folder).all()
         assert (found.state, found.why) == ("interrupted", "the server ended")
         assert found.blocks == report.blocks[: len(found.blocks)] != []
 
