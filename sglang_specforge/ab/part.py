@@ -71,7 +71,9 @@ class Part:
             await self._end(who, why, promote)
 
     async def end_if_left(self) -> None:
-        """Where the leader is not heard of any more."""
+        """Where the leader is not heard of any more. Does not wait: its word may take long, and is one."""
+        if self._one_word.locked():
+            return
         async with self._one_word:
             if self._leader is not None and time.monotonic() - self._heard_s > LEASE_S:
                 logger.warning("draft training: the leader of A/B %s has left", self._leader)

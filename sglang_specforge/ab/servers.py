@@ -65,17 +65,15 @@ class Servers:
     async def joined(self, report: Report) -> AsyncIterator[None]:
         """Around a comparison: every server takes part, and each leaves whatever happens, with what the report says is
         to be promoted. Raises Unanswered."""
-        renewing = None
+        renewing = asyncio.create_task(self._renew())
         try:
             for url in self.urls:
                 versions = [self._numbers[url][arm.version] for arm in report.arms]
-                await self._say("POST", url, "", timeout=_LIMIT_S * len(versions), json={"versions": versions})
+                await self._say("POST", url, timeout=_LIMIT_S * len(versions), json={"versions": versions})
                 self._joined.append(url)
-            renewing = asyncio.create_task(self._renew())
             yield
         finally:
-            if renewing is not None:
-                renewing.cancel()
+            renewing.cancel()
             await self._leave(report)
 
     async def places(self) -> list[str]:
@@ -90,11 +88,11 @@ class Servers:
         return {url: Turn.model_validate_json(a.content) for url, a in zip(self.urls, answers, strict=True)}
 
     async def _renew(self) -> None:
-        """A window may be longer than a lease. Who does not answer is found by the next look at it."""
+        """A window, or the others' way into the comparison, may be longer than a lease. Who does not answer is found by
+        the next look at it."""
         while True:
             await asyncio.sleep(LEASE_S / 3)
-            with contextlib.suppress(Unanswered):
-                await self.look()
+            await asyncio.gather(*(self._say("GET", url) for url in self._joined), return_exceptions=True)
 
     async def _leave(self, report: Report) -> None:
         """Every server that can be reached; raises Unanswered for the others, in the end."""

@@ -9,6 +9,7 @@ from fastapi import FastAPI, HTTPException
 from fastapi.responses import JSONResponse
 
 from sglang_specforge.ab import part as parts
+from sglang_specforge.ab import servers as led
 from sglang_specforge.ab.experiment import Experiments
 from sglang_specforge.ab.part import NoPart, Part
 from sglang_specforge.ab.servers import Servers, compare_servers
@@ -177,6 +178,37 @@ def test_without_promotion_each_server_is_left_as_it_was(fleet):
     report, _ = lead(fleet, ["active", "1"])
     assert (report.state, report.winner, report.promoted) == ("ended", 1, False)
     assert [shown(one.service) for one in fleet] == [0, 0]
+
+
+def test_one_that_is_stopped_leaves_each_server_as_it_was(fleet):
+    async def body():
+        servers = Servers([one.url for one in fleet], None)
+        settings = FAST | {"min_passes": 1000}  # never sees so many
+        leading = asyncio.create_task(compare_servers(servers, ["active", "1"], settings, "me", print))
+        while not all(one.service.swaps._engine.shown for one in fleet):
+            await asyncio.sleep(0.01)
+        leading.cancel()
+        return await leading
+
+    report = asyncio.run(body())
+    assert (report.state, report.blocks) == ("stopped", [])
+    assert [shown(one.service) for one in fleet] == [0, 0]
+    assert all(one.service.swaps.holder is None for one in fleet)
+
+
+def test_leases_are_renewed_while_the_others_are_still_loading(fleet, monkeypatch):
+    monkeypatch.setattr(parts, "LEASE_S", 1.0)
+    monkeypatch.setattr(led, "LEASE_S", 1.0)
+    slow, load = fleet[1].service.swaps, fleet[1].service.swaps._load
+
+    async def load_slowly(version):
+        await asyncio.sleep(1.5)
+        await fleet[0].service.part.end_if_left()
+        await load(version)
+
+    monkeypatch.setattr(slow, "_load", load_slowly)
+    report, _ = lead(fleet, ["active", "1"])
+    assert report.state == "ended", report.why
 
 
 def test_a_server_that_cannot_take_part_ends_it_for_all(fleet):
