@@ -2,6 +2,7 @@
 
 import asyncio
 import getpass
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +21,19 @@ from sglang_specforge.client import DEFAULT_URL, ApiKey, Unanswered, Url, ask, f
 app = typer.Typer(help="Compare drafts on live traffic, by turns, until it is settled.", no_args_is_help=True)
 console = Console()
 _LOOK_EVERY_S = 1.0
-Html = Annotated[Path | None, typer.Option(help="Also write a page with the curves to this file.")]
+
+
+def _writable(file: Path | None) -> Path | None:
+    """Before anything is compared: what was found could not be written afterwards."""
+    if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK)):
+        raise typer.BadParameter(f"{file} cannot be written; give a file in a folder that is there")
+    return file
+
+
+Html = Annotated[Path | None, typer.Option(help="Also write a page with the curves to this file.", callback=_writable)]
+Record = Annotated[
+    Path | None, typer.Option("--json", help="Also write the report to this file, as JSON.", callback=_writable)
+]
 Id = Annotated[str, typer.Argument(help="Number of the A/B.")]
 
 
@@ -42,8 +55,9 @@ def start(
     promote: Annotated[bool, typer.Option(help="Activate the winner.")] = False,
     wait: Annotated[bool, typer.Option(help="Watch it until it ends.")] = False,
     html: Html = None,
+    record: Record = None,
 ) -> None:
-    """Begin a comparison. With --wait: exit code 0 when it is settled, 1 when it is not.
+    """Begin a comparison. With --wait (or a file for what comes out of it): exit code 0 when it is settled, 1 when not.
 
     One of several servers is led from here until it ends, and stopped by Ctrl-C; checkpoints are copied to each.
     """
@@ -58,12 +72,14 @@ def start(
             plan = Plan(arms=[_arm(given, url[0], api_key) for given in (a, *b)], **settings)
             report = _report(ask("POST", url[0], "/draft/ab", api_key, json=plan.model_dump(), timeout=180))
             console.print(f"A/B {report.id} began: versions {', '.join(str(arm.version) for arm in report.arms)}")
-            if not wait and html is None:
+            if not (wait or html or record):
                 return
             report = _watch(report.id, url[0], api_key)
     except pydantic.ValidationError as error:
         fail("; ".join(f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors()))
     _show(report, html)
+    if record is not None:
+        record.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")
     raise typer.Exit(0 if report.outcome in ("better", "worse", "alike") else 1)
 
 

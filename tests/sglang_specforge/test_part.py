@@ -7,11 +7,14 @@ import pytest
 import uvicorn
 from fastapi import FastAPI, HTTPException
 from fastapi.responses import JSONResponse
+from typer.testing import CliRunner
 
 from sglang_specforge.ab import part as parts
 from sglang_specforge.ab import servers as led
+from sglang_specforge.ab.cli import app
 from sglang_specforge.ab.experiment import Experiments
 from sglang_specforge.ab.part import NoPart, Part
+from sglang_specforge.ab.report import Report
 from sglang_specforge.ab.servers import Servers, compare_servers
 from sglang_specforge.ab.windows import Windows
 from sglang_specforge.client import Unanswered
@@ -172,6 +175,29 @@ def test_servers_show_different_arms_at_a_time_and_all_promote_the_winner(fleet,
     assert report.arms[0].passes == report.arms[1].passes
     assert [shown(one.service) for one in fleet] == [1, 1]
     assert all(one.service.swaps.holder is None for one in fleet)
+
+
+def test_the_command_leads_shows_and_records_what_comes_out_of_it(fleet, tmp_path):
+    urls = [part for one in fleet for part in ("--url", one.url)]
+    settings = ["--window-s", "0.1", "--json", str(tmp_path / "ab.json"), "--html", str(tmp_path / "ab.html")]
+    ran = CliRunner().invoke(app, ["start", *urls, "--b", str(tmp_path / "a" / "draft"), *settings])
+    assert ran.exit_code == 0, ran.output
+    report = Report.model_validate_json((tmp_path / "ab.json").read_bytes())
+    assert (report.outcome, report.servers) == ("better", [one.url for one in fleet])
+    assert "of 2 servers: ended" in ran.output
+    assert "commits most tokens" in (tmp_path / "ab.html").read_text()
+
+
+def test_the_command_says_which_server_cannot_be_asked(fleet):
+    nobody = "http://127.0.0.1:9"
+    ran = CliRunner().invoke(app, ["start", "--url", fleet[0].url, "--url", nobody, "--b", "1"])
+    assert (ran.exit_code, fleet[0].service.swaps.holder) == (2, None)
+
+
+def test_a_report_that_could_not_be_written_is_refused_before_anything_is_compared(fleet, tmp_path):
+    asked = ["start", "--url", fleet[0].url, "--b", "1", "--json", str(tmp_path / "nowhere" / "ab.json")]
+    ran = CliRunner().invoke(app, asked)
+    assert (ran.exit_code, fleet[0].service.experiments.all()) == (2, [])
 
 
 def test_without_promotion_each_server_is_left_as_it_was(fleet):
