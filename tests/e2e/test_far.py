@@ -8,6 +8,7 @@ import pytest
 
 from sglang_specforge.client import NotCaptured, wait_until_captured
 from sglang_specforge.curve import Identity
+from sglang_specforge.export import pieces
 from sglang_specforge.server_process import free_port
 from tests.e2e.conftest import TARGET, assert_every_token_is_accounted_for, outputs, prompts, settled, wait_for
 from tests.e2e.test_attach import STREAMED, AttachedTrainer, is_read
@@ -72,6 +73,21 @@ def test_a_trainer_elsewhere_improves_the_draft_and_every_token_is_accounted_for
     assert status["tokens"]["dropped"].keys() <= {"past_finish", "duplicate"}
     assert 0 < status["trainer"]["parity"]["compared"] == status["trainer"]["parity"]["agreed"]
     assert not list((server.run_dir / "uploads").iterdir())
+
+
+def test_passes_that_are_cut_for_the_socket_arrive_whole(server, trainer):
+    before = settled(server)
+    asked = [[(7 * i + j) % 1000 for j in range(1900)] for i in range(6)]
+    parameters = {"temperature": 0, "max_new_tokens": 2}
+    assert server.post("/generate", json={"input_ids": asked, "sampling_params": parameters}).status_code == 200
+    after = settled(server)
+    passes = sum(export["passes"] for export in after["export"]) - sum(export["passes"] for export in before["export"])
+    rows_bytes = 4 * 192 * 4  # aux and last hidden states of a token, float32
+    assert 6 * 1900 * rows_bytes / passes > pieces._PIECE_BYTES  # so that some pass was longer
+    assert after["tokens"]["captured"] - before["tokens"]["captured"] >= 6 * 1900
+    assert_every_token_is_accounted_for(after)
+    lost = {why: n for why, n in after["tokens"]["dropped"].items() if n > before["tokens"]["dropped"].get(why, 0)}
+    assert lost.keys() <= {"past_finish", "duplicate"}
 
 
 def test_others_are_refused_while_it_reads_and_told_why(server, trainer, folder):
