@@ -41,6 +41,7 @@ WAYS = {
     "shared memory": "shared_memory", "zmq frames": "zmq", "tcp, curve": "tcp", PULLED: "mooncake",
     "pickled pyzmq": "pickled pyzmq",
 }  # fmt: skip
+NAMES = ("aux_N3H", "last_NH", "tokens_N")
 HIDDEN, TOKENS = (1024, 4096, 7168), (1, 8, 64, 512, 8192)
 RING_BYTES, LARGE = 256 << 20, 1 << 20
 LEAST_BYTES, LEAST_MESSAGES, MOST_MESSAGES = 1 << 30, 8, 2000
@@ -68,7 +69,7 @@ class Sink:
             flat = tensor.reshape(-1).view(torch.uint8)
             self._own[at : at + flat.numel()].copy_(flat)
             at += flat.numel()
-        self.rows += len(tensors["tokens"] if message is None else tensors["tokens_N"])
+        self.rows += len(tensors["tokens_N"])
         return []
 
 
@@ -82,7 +83,7 @@ def read(way: str, endpoint: str, nbytes: int, orders: Connection, own: Identity
 
         def receive() -> None:
             found = socket.recv_pyobj()
-            sink.add(None, {name: torch.from_numpy(found[name]) for name in ("aux", "last", "tokens")})
+            sink.add(None, {name: torch.from_numpy(found[name]) for name in NAMES})
     else:
         door, puller = Door(own, peer) if way in FAR else None, Puller(ENGINE) if way == PULLED else None
         endpoint = "tcp://127.0.0.1:*" if door else endpoint
@@ -136,17 +137,16 @@ class Sender:
     def send(self) -> None:
         states = self._states
         if self._way == "pickled pyzmq":
-            named = {"aux": states.aux_N3H, "last": states.last_NH}
+            named = {"aux_N3H": states.aux_N3H, "last_NH": states.last_NH}
             content = {name: tensor.view(torch.int16).numpy() for name, tensor in named.items()}
-            self._socket.send_pyobj({"rid": "a", "start": 0, "tokens": states.tokens_N.numpy(), **content})
+            self._socket.send_pyobj({"rid": "a", "start": 0, "tokens_N": states.tokens_N.numpy(), **content})
             return
         while (region := self._ring.reserve(states.nbytes)) is None:
             self._link.release_read()
         tensors = states.copy_into(region.bytes)
-        names = ("aux_N3H", "last_NH", "tokens_N")
         layouts = [
             TensorLayout(name, str(t.dtype).removeprefix("torch."), list(t.shape))
-            for name, t in zip(names, tensors, strict=True)
+            for name, t in zip(NAMES, tensors, strict=True)
         ]
         span = Span("a", 0, len(states.tokens_N), 0, len(states.tokens_N), 0)
         if not self._link.send_states(Captured("s", self._sent, 0, [span], layouts), tensors, region):

@@ -1,7 +1,6 @@
 """``sglang-specforge ab``: starting, watching and ending comparisons of drafts on a live server."""
 
 import asyncio
-import getpass
 import os
 import time
 from pathlib import Path
@@ -132,10 +131,8 @@ def _watch(id: str, url: str, api_key: str | None) -> Report:
 def _lead(urls: list[str], api_key: str | None, arms: list[str], settings: dict[str, Any]) -> Report:
     with Live(console=console, auto_refresh=False, transient=True) as live:
         try:
-            leading = compare_servers(
-                Servers(urls, api_key), arms, settings, getpass.getuser(),
-                lambda report: live.update(render(report), refresh=True),
-            )  # fmt: skip
+            servers = Servers(urls, api_key)
+            leading = compare_servers(servers, arms, settings, lambda now: live.update(render(now), refresh=True))
             return asyncio.run(leading)
         except (Unanswered, OSError) as error:
             fail(str(error))

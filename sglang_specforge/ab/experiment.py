@@ -14,7 +14,7 @@ from sglang_specforge.ab.plan import Plan
 from sglang_specforge.ab.report import Arm, Report
 from sglang_specforge.ab.turns import compare
 from sglang_specforge.ab.windows import Windows
-from sglang_specforge.swaps import SwapRefused, Swaps
+from sglang_specforge.swaps import Swaps
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,7 @@ class Experiments:
             DraftHeld: another one is running.
             UnknownVersion, SwapRefused: an arm cannot be served; or this server verifies nothing.
         """
-        if self._swaps.only_prefills:
-            raise SwapRefused("a prefill server verifies nothing that could be compared; ask its decode server")
+        self._windows.check_there_are_any()
         incumbent = self._swaps.active
         versions = [incumbent if arm == "active" else self._swaps.known(arm) for arm in plan.arms]
         id = self._next_id()

@@ -11,7 +11,7 @@ from operator import add
 
 from sglang_specforge.ab.comparison import Turn
 from sglang_specforge.ab.windows import Windows
-from sglang_specforge.swaps import DraftHeld, SwapRefused, Swaps
+from sglang_specforge.swaps import DraftHeld, Swaps
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,7 @@ class Part:
             DraftHeld: somebody else does.
             UnknownVersion, SwapRefused: a version cannot be served; or this server verifies nothing.
         """
-        if self._swaps.only_prefills:
-            raise SwapRefused("a prefill server verifies nothing that could be compared; ask its decode server")
+        self._windows.check_there_are_any()
         async with self._one_word:
             if self._leader is not None:
                 raise DraftHeld(f"{_holder(self._leader)} has this server's part already")
@@ -81,15 +80,15 @@ class Part:
 
     async def _end(self, who: str, why: str, promote: int | None) -> None:
         leader, self._leader = self._leader, None
-        promoted = False
+        promoted = None
         try:
             await self._windows.close(self._swaps.active)
             if promote is not None:
                 await self._swaps.activate(self._swaps.known(promote), _holder(leader), why)
-                promoted = True
+            promoted = promote
         finally:
             self._swaps.let_go()
-            self._swaps.audit.write("ab_left", who, leader=leader, promoted=promote if promoted else None, why=why)
+            self._swaps.audit.write("ab_left", who, leader=leader, promoted=promoted, why=why)
 
     def _hear(self, leader: str) -> None:
         if leader != self._leader:

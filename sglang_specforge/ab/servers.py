@@ -37,7 +37,11 @@ class Servers:
             Unanswered: a server does not answer, or has no such version.
             OSError: the folder cannot be read.
         """
-        first, *others = [self._version(url, given) for url in self.urls]
+        first = self._version(self.urls[0], given)
+        if given.isdecimal():  # versions are numbered by each server
+            others = [self._choose(url, given, "sha256", first["sha256"]) for url in self.urls[1:]]
+        else:
+            others = [self._version(url, given) for url in self.urls[1:]]
         for other, url in zip(others, self.urls[1:], strict=True):
             if first["sha256"] is None or other["sha256"] != first["sha256"]:
                 raise Unanswered(
@@ -112,18 +116,16 @@ class Servers:
 
     def _version(self, url: str, given: str) -> dict[str, Any]:
         """Of this server, as ``GET /draft/versions`` has it."""
-        number = None if given == "active" else int(given) if given.isdecimal() else self._add(url, Path(given))
-        if given.isdecimal() and url != self.urls[0]:
-            content = self._version(self.urls[0], given)["sha256"]
-            same = [v for v in self._versions(url) if v["sha256"] == content]
-        else:
-            same = [v for v in self._versions(url) if (v["active"] if number is None else v["version"] == number)]
-        if not same:
-            raise Unanswered(f"{url} has no such version as {given}; give a checkpoint's folder")
-        return same[0]
+        if given == "active":
+            return self._choose(url, given, "active", True)
+        number = int(given) if given.isdecimal() else self._add(url, Path(given))
+        return self._choose(url, given, "version", number)
 
-    def _versions(self, url: str) -> list[dict[str, Any]]:
-        return accepted("GET", url, "/draft/versions", self._api_key, timeout=30).json()
+    def _choose(self, url: str, given: str, fact: str, value: Any) -> dict[str, Any]:
+        for version in accepted("GET", url, "/draft/versions", self._api_key, timeout=30).json():
+            if version[fact] == value:
+                return version
+        raise Unanswered(f"{url} has no such version as {given}; give a checkpoint's folder")
 
     def _add(self, url: str, checkpoint: Path) -> int:
         body = {"path": upload_checkpoint(url, self._api_key, checkpoint), "activate": False}
@@ -132,7 +134,7 @@ class Servers:
 
 
 async def compare_servers(
-    servers: Servers, given: Sequence[str], settings: dict[str, Any], who: str, changed: Callable[[Report], None]
+    servers: Servers, given: Sequence[str], settings: dict[str, Any], changed: Callable[[Report], None]
 ) -> Report:
     """An A/B from its beginning to its end; ``settings`` are the plan's. Whatever happens, the servers are let go.
 
@@ -145,7 +147,7 @@ async def compare_servers(
     arms = [servers.find(arm) for arm in given]
     plan = Plan(arms=[arm.version for arm in arms], **settings)
     report = Report(
-        id=servers.leader, who=who, plan=plan, servers=servers.urls, incumbent=servers.active(), arms=arms,
+        id=servers.leader, who="operator", plan=plan, servers=servers.urls, incumbent=servers.active(), arms=arms,
         judgement=judge([], len(arms), plan), began=datetime.now(UTC),
     )  # fmt: skip
     state = "ended"

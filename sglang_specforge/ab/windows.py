@@ -4,7 +4,7 @@ import time
 
 from sglang_specforge.ab.comparison import Turn
 from sglang_specforge.export.acceptance import Histogram, Standing, add_up
-from sglang_specforge.swaps import Swaps
+from sglang_specforge.swaps import SwapRefused, Swaps
 
 
 class NotCounted(RuntimeError):
@@ -18,6 +18,11 @@ class Windows:
         self._swaps = swaps
         self._number = 0  # never used again: counters of an earlier A/B must not add to a later one's
         self._begun_s = 0.0
+
+    def check_there_are_any(self) -> None:
+        """Raises SwapRefused: this server verifies nothing."""
+        if self._swaps.only_prefills:
+            raise SwapRefused("a prefill server verifies nothing that could be compared; ask its decode server")
 
     async def places(self) -> list[int]:
         return sorted({rank["bank"]["replica"] for rank in await self._swaps.ranks()})

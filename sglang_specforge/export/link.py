@@ -28,6 +28,7 @@ class _InFlight(NamedTuple):
     region: Region
     tracker: Any  # ZMQ's, of frames
     message: int  # its number in shared memory, or 0
+    tokens: int
 
 
 class Link:
@@ -64,9 +65,12 @@ class Link:
         none.
         """
         self._look_for_partings()
-        if self._is_shared():
-            return self._say_where(message, tensors, region)
-        return self._send_frames(message, tensors, region)
+        sent = (self._say_where if self._is_shared() else self._send_frames)(message, tensors, region)
+        if sent is None:
+            self._ring.release(region)
+            return 0
+        self._in_flight.append(sent)
+        return sent.tokens
 
     def release_read(self) -> None:
         """Give back the memory of what has been read."""
@@ -128,18 +132,16 @@ class Link:
                 self._ring.release(sent.region)
         self._in_flight = deque(sent for sent in self._in_flight if not sent.message)
 
-    def _say_where(self, message: Captured, tensors: list[torch.Tensor], region: Region) -> int:
+    def _say_where(self, message: Captured, tensors: list[torch.Tensor], region: Region) -> _InFlight | None:
         *states, tokens_N = tensors
         ends = accumulate((tensor.nbytes for tensor in states), initial=region.offset)
         shared = Shared(self._message + 1, list(ends)[:-1])
         if not self._send_copied([encode_header(msgspec.structs.replace(message, shared=shared)), _memory(tokens_N)]):
-            self._ring.release(region)
-            return 0
+            return None
         self._message += 1
-        self._in_flight.append(_InFlight(region, None, self._message))
-        return message.tokens
+        return _InFlight(region, None, self._message, message.tokens)
 
-    def _send_frames(self, message: Captured, tensors: list[torch.Tensor], region: Region) -> int:
+    def _send_frames(self, message: Captured, tensors: list[torch.Tensor], region: Region) -> _InFlight | None:
         if self._way is not None and self._pullable is not None:
             remote = msgspec.structs.replace(self._pullable, reader=self._reader)
             message = msgspec.structs.replace(message, pullable=remote)
@@ -153,11 +155,7 @@ class Link:
             except zmq.Again:
                 break
             tokens += piece.tokens
-        if trackers:
-            self._in_flight.append(_InFlight(region, zmq.MessageTracker(*trackers), 0))
-        else:
-            self._ring.release(region)
-        return tokens
+        return _InFlight(region, zmq.MessageTracker(*trackers), 0, tokens) if trackers else None
 
     def _send_copied(self, frames: list[Any]) -> bool:
         """Small ones: cheaper to copy than to keep track of."""

@@ -82,8 +82,8 @@ def test_passes_that_are_cut_for_the_socket_arrive_whole(server, trainer):
     assert server.post("/generate", json={"input_ids": asked, "sampling_params": parameters}).status_code == 200
     after = settled(server)
     passes = sum(export["passes"] for export in after["export"]) - sum(export["passes"] for export in before["export"])
-    rows_bytes = 4 * 192 * 4  # aux and last hidden states of a token, float32
-    assert 6 * 1900 * rows_bytes / passes > pieces._PIECE_BYTES  # so that some pass was longer
+    row_bytes = 4 * 192 * 4  # aux and last hidden states of a token, float32
+    assert 6 * 1900 * row_bytes / passes > pieces._PIECE_BYTES  # so that some pass was longer
     assert after["tokens"]["captured"] - before["tokens"]["captured"] >= 6 * 1900
     assert_every_token_is_accounted_for(after)
     lost = {why: n for why, n in after["tokens"]["dropped"].items() if n > before["tokens"]["dropped"].get(why, 0)}

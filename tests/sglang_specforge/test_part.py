@@ -162,7 +162,7 @@ def fleet(tmp_path):
 def lead(fleet, arms, **settings):
     reports = []
     servers = Servers([one.url for one in fleet], None)
-    report = asyncio.run(compare_servers(servers, arms, {**FAST, **settings}, "me", reports.append))
+    report = asyncio.run(compare_servers(servers, arms, {**FAST, **settings}, reports.append))
     return report, reports
 
 
@@ -210,7 +210,7 @@ def test_one_that_is_stopped_leaves_each_server_as_it_was(fleet):
     async def body():
         servers = Servers([one.url for one in fleet], None)
         settings = FAST | {"min_passes": 1000}  # never sees so many
-        leading = asyncio.create_task(compare_servers(servers, ["active", "1"], settings, "me", print))
+        leading = asyncio.create_task(compare_servers(servers, ["active", "1"], settings, print))
         while not all(one.service.swaps._engine.shown for one in fleet):
             await asyncio.sleep(0.01)
         leading.cancel()
