@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sglang_specforge.client import ApiKey, fail
 from sglang_specforge.new_draft import coverage
@@ -52,7 +52,9 @@ def prepare_data(
 
     A stopped run with --regenerate asks for no answer twice: they are kept beside the output until it is whole.
     """
-    chat = ChatTokens(AutoTokenizer.from_pretrained(tokenizer), loss_on)
+    if min_tokens > max_tokens:
+        fail(f"--min-tokens {min_tokens} is more than --max-tokens {max_tokens}: no sequence could be written")
+    chat = ChatTokens(_load_tokenizer(tokenizer), loss_on)
     kept = out.with_name(out.name + ".answers.jsonl")
     regenerator = Regenerator(regenerate, api_key, kept, max_new_tokens, temperature) if regenerate else None
     work = Preparation(chat, layout, (min_tokens, max_tokens), regenerator)
@@ -60,12 +62,20 @@ def prepare_data(
         rows = (row for source in sources for row in read_rows(source, split))
         _write(out, work.sequences(rows, limit, concurrency if regenerate else 1))
     except (OSError, ValueError, httpx.HTTPError) as error:
-        fail(f"{error}" + (f"; what was answered is kept in {kept}" if regenerate else ""))
+        why = f"{regenerate} does not answer ({error})" if isinstance(error, httpx.TransportError) else str(error)
+        fail(why + (f"; what was answered is kept in {kept}" if regenerate else ""))
     if regenerator is not None:
         regenerator.close()
         kept.unlink()
     console.print(work.report())
     console.print(coverage(work.counts_V, draft_vocab_size))
+
+
+def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        fail(f"there is no tokenizer in {name!r} ({error}); give the target's folder, or its Hugging Face name")
 
 
 class Preparation:
@@ -92,6 +102,9 @@ class Preparation:
                 yield made
                 if self._written == limit:
                     return
+        if not self._written:
+            why = ", ".join(f"{count:,} rows {reason}" for reason, count in self.skipped.most_common())
+            raise ValueError(f"no sequence is left to write: {why or 'there were no rows'}")
 
     def report(self) -> Table:
         table = Table(show_header=False, title="prepared")
@@ -162,18 +175,21 @@ def _write(out: Path, sequences: Iterable[Prepared]) -> None:
     part = out.with_name(out.name + ".part")
     part.parent.mkdir(parents=True, exist_ok=True)
     columns = (TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
-    with (
-        pq.ParquetWriter(part, SCHEMA) as writer,
-        Progress(*columns, console=console, disable=not console.is_terminal) as bar,
-    ):
-        task = bar.add_task("sequences", total=None)
-        rows: list[dict[str, Any]] = []
-        for sequence in sequences:
-            rows.append(sequence._asdict())
-            bar.advance(task)
-            if len(rows) == _ROWS_WRITTEN_AT_ONCE:
-                writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
-                rows.clear()
-        writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
-    part.chmod(0o600)
-    part.replace(out)
+    try:
+        with (
+            pq.ParquetWriter(part, SCHEMA) as writer,
+            Progress(*columns, console=console, disable=not console.is_terminal) as bar,
+        ):
+            task = bar.add_task("sequences", total=None)
+            rows: list[dict[str, Any]] = []
+            for sequence in sequences:
+                rows.append(sequence._asdict())
+                bar.advance(task)
+                if len(rows) == _ROWS_WRITTEN_AT_ONCE:
+                    writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+                    rows.clear()
+            writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
+        part.chmod(0o600)
+        part.replace(out)
+    finally:
+        part.unlink(missing_ok=True)

@@ -27,18 +27,24 @@ def read_rows(source: str, split: str) -> Iterator[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: ``source`` looks like a file and is not there.
-        ValueError: a file of another suffix.
+        ValueError: a file of another suffix, or that cannot be read as what its suffix says.
     """
     path = Path(source)
     if path.is_file():
         if path.suffix not in _BUILDERS:
             raise ValueError(f"{source}: {path.suffix or 'no suffix'} is not read; accepted are {', '.join(_BUILDERS)}")
-        rows = datasets.load_dataset(_BUILDERS[path.suffix], data_files=source, split="train", streaming=True)
+        given = {"path": _BUILDERS[path.suffix], "data_files": source, "split": "train"}
     elif path.suffix in _BUILDERS:
         raise FileNotFoundError(f"{source} is not there")
     else:
-        rows = datasets.load_dataset(source, split=split, streaming=True)
-    yield from ({**row, "slice": str(row.get("slice") or path.stem)} for row in rows)
+        given = {"path": source, "split": split}
+    try:
+        for row in datasets.load_dataset(**given, streaming=True):
+            yield {**row, "slice": str(row.get("slice") or path.stem)}
+    except StopIteration:  # what datasets makes of a file without rows
+        return
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{source} cannot be read: {error}; mend it, or leave it out") from error
 
 
 def to_messages(row: dict[str, Any], layout: Layout) -> list[Message] | str:
@@ -50,14 +56,16 @@ def to_messages(row: dict[str, Any], layout: Layout) -> list[Message] | str:
     Raises:
         Skipped: the row is not of that layout.
     """
-    for name, column, read in _LAYOUTS:
+    for name, column, kind, read in _LAYOUTS:
         if layout in (name, "auto") and row.get(column):
+            if not isinstance(row[column], kind):
+                raise Skipped(f"{column} is no {kind.__name__}")
             return read(row[column])
     raise Skipped("not of the layout" if layout != "auto" else "of no known layout")
 
 
 def _sharegpt(turns: list[dict[str, Any]]) -> list[Message]:
-    return [_message(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in turns]
+    return [_message(_part(turn, "from", "role"), _part(turn, "value", "content")) for turn in turns]
 
 
 def _ultrachat(turns: list[str]) -> list[Message]:
@@ -65,7 +73,21 @@ def _ultrachat(turns: list[str]) -> list[Message]:
 
 
 def _messages(turns: list[dict[str, Any]]) -> list[Message]:
-    return [_message(turn.get("role"), turn.get("content")) for turn in turns]
+    return [_message(_part(turn, "role"), _text(_part(turn, "content"))) for turn in turns]
+
+
+def _part(turn: Any, *names: str) -> Any:
+    """The first of ``names`` that the turn has."""
+    if not isinstance(turn, dict):
+        raise Skipped("a turn is no object")
+    return next((turn[name] for name in names if name in turn), None)
+
+
+def _text(content: Any) -> Any:
+    """OpenAI's content in parts as one text, where all of them are text."""
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        return "".join(str(part.get("text") or "") for part in content)
+    return content
 
 
 def _message(role: Any, content: Any) -> Message:
@@ -77,8 +99,8 @@ def _message(role: Any, content: Any) -> Message:
 
 
 _LAYOUTS = (
-    ("sharegpt", "conversations", _sharegpt),
-    ("ultrachat", "data", _ultrachat),
-    ("messages", "messages", _messages),
-    ("text", "text", str),
+    ("sharegpt", "conversations", list, _sharegpt),
+    ("ultrachat", "data", list, _ultrachat),
+    ("messages", "messages", list, _messages),
+    ("text", "text", str, str),
 )

@@ -9,6 +9,7 @@ import httpx
 import numpy as np
 
 from sglang_specforge.client import authorization
+from sglang_specforge.prepare.conversations import Skipped
 
 _TIMEOUT_S = 600.0
 
@@ -25,12 +26,19 @@ class Regenerator:
         self._file = kept.open("a", encoding="utf-8")
 
     def answer(self, prompt_ids: list[int]) -> list[int]:
-        """Token ids that the target generates after a prompt. Raises httpx.HTTPError."""
+        """Token ids that the target generates after a prompt.
+
+        Raises:
+            Skipped: the server refuses this prompt, as one that is too long for it.
+            httpx.HTTPError: it does not answer, or refuses all.
+        """
         key = self._key(prompt_ids)
         if key in self._known:
             return self._known[key]
         body = {"input_ids": prompt_ids, "sampling_params": self._sampling}
         answer = self._client.post("/generate", json=body)
+        if answer.status_code == httpx.codes.BAD_REQUEST:
+            raise Skipped("refused by the server")
         answer.raise_for_status()
         output_ids = answer.json()["output_ids"]
         with self._lock:

@@ -51,6 +51,28 @@ def test_rows_of_no_layout_are_skipped_by_reason():
         to_messages({"messages": [{"role": "narrator", "content": "x"}]}, "auto")
 
 
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"conversations": ["a", "b"]}, "a turn is no object"),
+        ({"messages": "hello"}, "messages is no list"),
+        ({"text": 5}, "text is no str"),
+        ({"data": [1, 2]}, "content is no text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "content is no text"),
+    ],
+)
+def test_rows_that_only_look_like_a_layout_are_skipped_by_reason(row, reason):
+    with pytest.raises(Skipped, match=reason):
+        to_messages(row, "auto")
+
+
+def test_content_in_parts_of_text_is_one_text():
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
+    assert to_messages({"messages": [{"role": "user", "content": parts}]}, "auto") == [
+        {"role": "user", "content": "a b"}
+    ]
+
+
 def learnt(tokenizer, ids, mask):
     return tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m])
 
@@ -97,6 +119,46 @@ def test_a_file_that_is_not_there_and_one_of_another_kind_are_named(tmp_path):
     (tmp_path / "o.parquet").write_text("nothing")
     with pytest.raises(PreparedError, match=r"o\.parquet is no Parquet file"):
         PreparedFile(tmp_path / "o.parquet")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "no sequence is left to write: there were no rows"),
+        ("not json\n", "rows.jsonl cannot be read: JSON parse error"),
+        ('{"text": "a"}\n', "no sequence is left to write: 1 rows shorter than 8 tokens"),
+    ],
+)
+def test_a_file_that_gives_nothing_is_named_and_leaves_nothing(tmp_path, text, said):
+    (tmp_path / "rows.jsonl").write_text(text)
+    command = ["prepare-data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "out.parquet")]
+    done = CliRunner().invoke(app, [*command, "--tokenizer", str(TOKENIZER)])
+    assert done.exit_code == 2
+    assert said in done.output
+    assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_tokenizer_that_is_not_there_and_bounds_that_leave_nothing_are_refused(tmp_path):
+    done = prepare(tmp_path, [{"text": "a"}], "--min-tokens", 50, "--max-tokens", 10)
+    assert "--min-tokens 50 is more than --max-tokens 10" in done.output
+    command = ["prepare-data", str(tmp_path / "rows.jsonl"), "--out", str(tmp_path / "o"), "--tokenizer", "/no/where"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2
+    assert "there is no tokenizer in '/no/where'" in done.output
+
+
+def test_a_prompt_that_the_server_refuses_is_skipped_and_the_others_go_on(tmp_path, monkeypatch):
+    def post(client, path, json):
+        status = 400 if len(json["input_ids"]) > 20 else 200
+        request = httpx.Request("POST", "http://s/generate")
+        return httpx.Response(status, json={"output_ids": [20, 30, 1]}, request=request)
+
+    monkeypatch.setattr(httpx.Client, "post", post)
+    short = [{"role": "user", "content": "x"}, MESSAGES[1]]
+    rows = [{"messages": [{"role": "user", "content": "long " * 30}, MESSAGES[1]]}, {"messages": short}]
+    done = prepare(tmp_path, rows, "--regenerate", "http://s", "--min-tokens", 2)
+    assert done.exit_code == 0, done.output
+    assert "1: refused by the server" in done.output
 
 
 def test_regenerated_answers_are_the_targets_tokens_and_are_asked_for_once(tmp_path, monkeypatch, tokenizer):
