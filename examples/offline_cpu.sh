@@ -10,7 +10,7 @@ SGLANG_USE_CPU_ENGINE=1 OMP_NUM_THREADS=1 $bin/python -m sglang.launch_server --
   --model-path examples/tiny_target --max-total-tokens 32768 --log-level warning --sleep-on-idle \
   --enable-draft-training --draft-training-trainer none --draft-training-run-dir "$out/server" >"$out/server.log" 2>&1 &
 server=$!
-trap 'kill $server 2>/dev/null' EXIT
+trap 'kill $server 2>/dev/null || true' EXIT
 until $bin/sglang-specforge status --url $url >/dev/null 2>&1; do
   kill -0 $server || { tail "$out/server.log"; exit 1; }
   sleep 1
