@@ -1,6 +1,6 @@
 """A/B of a draft against itself, again and again, on a live server under load: how often it finds a difference::
 
-    python benchmarks/ab_live.py --draft demo/run/versions/best [--runs 20] [--json FILE]
+    make demo; python benchmarks/ab_live.py [--draft DIR] [--runs 20] [--quick] [--json FILE]
 
 Every run goes on until it has a verdict or its blocks are over. Beside the verdict, each run is also judged with the
 peer that many would use, a t-test after every block, on the same blocks.
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import httpx
 import numpy as np
 import typer
-from measuring import TINY_TARGET, save_record, start_capturing
+from measuring import DEMO_DRAFT, TINY_TARGET, JsonFile, Quick, Target, must_exist, save_record, start_capturing
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
@@ -42,13 +42,17 @@ def t_test_alarms(report: Report, alpha: float) -> bool:
 
 
 def main(
-    draft: Annotated[Path, typer.Option(help="Checkpoint of a draft that has learnt.")],
-    target: Annotated[Path, typer.Option(help="Folder of the target.")] = TINY_TARGET,
+    draft: Annotated[Path, typer.Option(help="Checkpoint of a draft that has learnt.")] = DEMO_DRAFT,
+    target: Target = TINY_TARGET,
     runs: Annotated[int, typer.Option(min=1, help="How often.")] = 20,
     blocks: Annotated[int, typer.Option(min=2, help="Of each run, at most.")] = 15,
     window_s: Annotated[float, typer.Option(help="Of each turn.")] = 1.0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
+    quick: Quick = False,
+    json_file: JsonFile = None,
 ) -> None:
+    must_exist(draft, "make demo")
+    if quick:
+        runs, blocks = 1, min(blocks, 4)
     plan = {"window_s": window_s, "max_blocks": blocks, "min_passes": 50, "smallest_difference": 0.02}
     found: list[Report] = []
     serving = (*SERVING, "--speculative-draft-model-path", draft.resolve())

@@ -1,20 +1,20 @@
 """How often an A/B is wrong, and how long it takes, on simulated traffic::
 
-    python benchmarks/ab_simulation.py [--runs 2000] [--json FILE]
+    python benchmarks/ab_simulation.py [--runs 2000] [--quick] [--json FILE]
 
 Each run is judged after every block, as the server judges (``ab/comparison.py``), and ends as an A/B would. The peer is
 what many do: a t-test after every block, stopped when it is significant. Requests differ in how well the draft guesses
 them, the mix drifts over hours, turns overlap requests, and the two arms of a block see different requests.
 """
 
+import sys
 from functools import cache
 from itertools import product
-from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import numpy as np
 import typer
-from measuring import save_record
+from measuring import JsonFile, Quick, save_record
 from rich.console import Console
 from rich.table import Table
 from scipy import stats
@@ -79,8 +79,10 @@ def main(
     runs: Annotated[
         int, typer.Option(min=100, help="Simulated comparisons of equals; a tenth of it for the others.")
     ] = 2000,
-    json: Annotated[Path | None, typer.Option(help="Also write the record to this file.")] = None,
+    quick: Quick = False,
+    json_file: JsonFile = None,
 ) -> None:
+    runs = 100 if quick else runs
     console = Console(width=140)
     plan = Plan(arms=[0, 1], smallest_difference=0.01)
     table = Table("requests a turn", "true difference", "runs", *OUTCOMES, "blocks: median", "90 %", "t-test alarms")
@@ -98,8 +100,8 @@ def main(
                         "blocks_90": most, "t_test_alarms": alarms})  # fmt: skip
         ratios[f"{requests} requests, {gain:.0%}: found different"] = share["better"] + share["worse"]
     console.print(table)
-    if json is not None:
-        save_record(json, f"python benchmarks/ab_simulation.py --runs {runs}", ratios, samples)
+    if json_file:
+        save_record(json_file, " ".join(sys.argv), ratios, samples)
 
 
 if __name__ == "__main__":

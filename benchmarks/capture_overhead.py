@@ -20,11 +20,10 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
 
 import httpx
 import typer
-from measuring import TINY_TARGET, mean_ratio, save_record, start_capturing
+from measuring import TINY_TARGET, JsonFile, Quick, Target, mean_ratio, save_record, start_capturing
 from rich.console import Console
 from rich.table import Table
 
@@ -129,9 +128,9 @@ def ratio(measured: list[Measured], arm: str) -> tuple[float, float, float]:
 
 
 def main(
-    target: Annotated[Path, typer.Option(help="Folder of the target.")] = TINY_TARGET,
-    quick: Annotated[bool, typer.Option(help="6 rounds instead of 60.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
+    target: Target = TINY_TARGET,
+    quick: Quick = False,
+    json_file: JsonFile = None,
 ) -> None:
     rounds, requests, tokens = (6 if quick else 60), 16, 32
     with tempfile.TemporaryDirectory() as folder, start_capturing(target, Path(folder), *SERVING) as server:

@@ -1,6 +1,6 @@
 """The acceptance that evaluation works out, against the sampling that serves::
 
-    python benchmarks/chain_sampling.py [--device cuda] [--json FILE]
+    python benchmarks/chain_sampling.py [--device cuda] [--quick] [--json FILE]
 
 Evaluation gives a sampled chain of drafts its exact expected length (``trainer/evaluate.py``: each draft is accepted
 with chance ``sum(min(p, q))``). Here drafts are sampled and verified many times: on a GPU by
@@ -10,12 +10,11 @@ repeats, K drafts, V vocabulary. Exit code 1 where they differ by more than chan
 
 import math
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from measuring import save_record
+from measuring import JsonFile, Quick, save_record
 from torch import Tensor
 
 K, V = 3, 1024
@@ -41,7 +40,8 @@ def sampled_drafts_B(target_BKV: Tensor, draft_BKV: Tensor, drafts_BK: Tensor) -
 
 def main(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
+    quick: Quick = False,
+    json_file: JsonFile = None,
 ) -> None:
     torch.manual_seed(0)
     torch.set_default_device(device)
@@ -49,7 +49,7 @@ def main(
     draft_KV = (target_KV.log() + torch.randn(K, V)).softmax(-1)
     target_BKV, draft_BKV = (x.expand(BATCH, K, V).contiguous() for x in (target_KV, draft_KV))
     found = []
-    for _ in range(BATCHES):
+    for _ in range(BATCHES // 4 if quick else BATCHES):
         drafts_BK = torch.multinomial(draft_KV, BATCH, replacement=True).T.contiguous()
         found.append(sampled_drafts_B(target_BKV, draft_BKV, drafts_BK).double())
     sampled = torch.cat(found)

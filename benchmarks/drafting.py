@@ -20,7 +20,17 @@ from typing import Annotated, Any
 
 import typer
 from capture_overhead import Consumer
-from measuring import TINY_TARGET, mean_ratio, save_record, start_capturing, start_plain, stop_at_failures
+from measuring import (
+    TINY_TARGET,
+    JsonFile,
+    Quick,
+    Target,
+    mean_ratio,
+    save_record,
+    start_capturing,
+    start_plain,
+    stop_at_failures,
+)
 from rich.console import Console
 from rich.table import Table
 
@@ -66,10 +76,10 @@ def take_rounds(plain: ServerProcess, auto: ServerProcess, consumer: Consumer, r
 
 
 def main(
-    target: Annotated[Path, typer.Option(help="Folder of the target.")] = TINY_TARGET,
+    target: Target = TINY_TARGET,
     draft: Annotated[Path | None, typer.Option(help="Folder of a draft that has learnt.")] = None,
-    quick: Annotated[bool, typer.Option(help="3 rounds instead of 8.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
+    quick: Quick = False,
+    json_file: JsonFile = None,
 ) -> None:
     rounds = 3 if quick else 8
     table = Table("draft", "drafting", "break-even", "last gain", "arm", "tokens/s", "ratio", "95% interval",

@@ -1,7 +1,7 @@
 """Traffic turns from one family of prompts to another while the draft learns, against a draft that only ever saw the
 second::
 
-    python benchmarks/drift.py [--minutes 3] [--json FILE]
+    python benchmarks/drift.py [--minutes 3] [--quick] [--json FILE]
 
 A real server with draft training gets prompts of prose for so many minutes and then tables of numbers for as many. The
 peer is a second server, with the same settings, that gets numbers alone for as long. Shown is the acceptance length of
@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import httpx
 import typer
-from measuring import TINY_TARGET, save_record, stop_at_failures
+from measuring import TINY_TARGET, JsonFile, Quick, Target, save_record, stop_at_failures
 from rich.console import Console
 from rich.table import Table
 
@@ -48,30 +48,32 @@ async def learn(server: ServerProcess, families: Sequence[traffic.Family], phase
 
 
 def measure(
-    target: Path, folder: Path, families: Sequence[traffic.Family], phase_s: float
+    target: Path, folder: Path, families: Sequence[traffic.Family], phase_s: float, window_s: float
 ) -> tuple[list[float], list[dict[str, Any]]]:
-    """Acceptance lengths at the end of each phase, and the lowest of the last one's half minutes in between; events."""
+    """Acceptance lengths at the end of each phase, and the lowest of the last one's windows in between; events."""
     given = ["--model-path", target, *SERVING, *TRAINING, "--draft-training-run-dir", folder / "run"]
     with ServerProcess.start(folder / "log", given) as server:
         curve, phases = asyncio.run(learn(server, families, phase_s))
         events = httpx.get(f"{server.url}/draft/events?last=1000", trust_env=False).json()
     last = sum(phases[:-1])
-    whole = [i for i in range(last, len(curve.looks)) if curve.looks[i].s - curve.looks[last].s >= WINDOW_S]
+    whole = [i for i in range(last, len(curve.looks)) if curve.looks[i].s - curve.looks[last].s >= window_s]
     ends = [last - 1, *whole] if last else [whole[-1]]
-    lengths = [curve.up_to(i, WINDOW_S).acceptance_length for i in ends]
+    lengths = [curve.up_to(i, window_s).acceptance_length for i in ends]
     return lengths, [event for event in events if event["event"] in TOLD]
 
 
 def main(
-    target: Annotated[Path, typer.Option(help="Folder of the target.")] = TINY_TARGET,
+    target: Target = TINY_TARGET,
     minutes: Annotated[float, typer.Option(min=1, help="Of each family of prompts.")] = 3.0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
+    quick: Quick = False,
+    json_file: JsonFile = None,
 ) -> None:
+    phase_s, window_s = (10.0, 4.0) if quick else (60 * minutes, WINDOW_S)
     with tempfile.TemporaryDirectory() as name:
-        turned, events = measure(target, Path(name) / "turned", ("prose", "numbers"), 60 * minutes)
-        alone, _ = measure(target, Path(name) / "alone", ("numbers",), 60 * minutes)
+        turned, events = measure(target, Path(name) / "turned", ("prose", "numbers"), phase_s, window_s)
+        alone, _ = measure(target, Path(name) / "alone", ("numbers",), phase_s, window_s)
     before, worst, end = turned[0], min(turned[1:]), turned[-1]
-    table = Table("acceptance length, of half a minute", "prose, then numbers", "numbers alone", title="drift")
+    table = Table(f"acceptance length, of {window_s:g} s", "prose, then numbers", "numbers alone", title="drift")
     for label, found, peer in (("before the turn", before, None), ("worst after it", worst, None),
                                ("at the end", end, alone[-1])):  # fmt: skip
         table.add_row(label, f"{found:.3f}", f"{peer:.3f}" if peer else "")

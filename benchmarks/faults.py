@@ -1,6 +1,6 @@
 """What clients notice when the reader of the stream fails: latency and failures against calm times (the peer)::
 
-    python benchmarks/faults.py [--minutes 20] [--json FILE]
+    python benchmarks/faults.py [--minutes 20] [--quick] [--json FILE]
 
 One real server under a steady load of streams; a reader as a trainer has it (``trainer/inbox.py``, with a prefix store
 that spills to disk), but that learns nothing, so that it takes no cores. Calm windows alternate with windows in which
@@ -23,10 +23,10 @@ from typing import Annotated
 import numpy as np
 import psutil
 import typer
-from measuring import TINY_TARGET, save_record, start_capturing
+from measuring import TINY_TARGET, JsonFile, Quick, Target, save_record, start_capturing
 from rich.console import Console
 from rich.table import Table
-from steady_load import Load, Window, by_turns, waits_ms
+from steady_load import WINDOW_S, Load, Window, by_turns, waits_ms
 
 from sglang_specforge.client import run_of, wait_until_captured
 from sglang_specforge.server_process import ServerProcess
@@ -122,7 +122,9 @@ while True:
 """
 
 
-async def run_windows(server: ServerProcess, reader: Reader, minutes: float) -> tuple[Load, list[Window]]:
+async def run_windows(
+    server: ServerProcess, reader: Reader, minutes: float, window_s: float = WINDOW_S
+) -> tuple[Load, list[Window]]:
     """Calm and fault by turns."""
     faults = {
         "killed": reader.killed,
@@ -132,7 +134,7 @@ async def run_windows(server: ServerProcess, reader: Reader, minutes: float) -> 
         "socket deleted": reader.socket_deleted,
         "rubbish sent": reader.rubbish,
     }
-    return await by_turns(server.url, faults, minutes)
+    return await by_turns(server.url, faults, minutes, window_s)
 
 
 def resident_mb(server: ServerProcess) -> float:
@@ -148,19 +150,22 @@ def memory_files(server: ServerProcess) -> int:
 
 
 def main(
-    target: Annotated[Path, typer.Option(help="Folder of the target.")] = TINY_TARGET,
+    target: Target = TINY_TARGET,
     minutes: Annotated[float, typer.Option(help="At least so long; each fault comes at least once.")] = 20.0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
+    quick: Quick = False,
+    json_file: JsonFile = None,
 ) -> None:
+    minutes, window_s = (0.0, 2.0) if quick else (minutes, WINDOW_S)
     with tempfile.TemporaryDirectory() as folder, start_capturing(target, Path(folder), *SERVING) as server:
         reader = Reader(server, folder)
-        asyncio.run(run_windows(server, reader, 0.5))  # until buffers have their size
+        if not quick:
+            asyncio.run(run_windows(server, reader, 0.5))  # until buffers have their size
         before_mb, files = resident_mb(server), memory_files(server)
-        load, windows = asyncio.run(run_windows(server, reader, minutes))
+        load, windows = asyncio.run(run_windows(server, reader, minutes, window_s))
         after_mb, files_after = resident_mb(server), memory_files(server)
         (export,) = server.status()["export"]
         reader.end()
-    table = Table(title=f"{load.requests} requests, {len(load.failures)} failed; {minutes:g} minutes")
+    table = Table(title=f"{load.requests} requests, {len(load.failures)} failed; windows of {window_s:g} s")
     for column in ("", "windows", "p99 between pieces, ms", "ratio to calm"):
         table.add_column(column, justify="right")
     found = {

@@ -1,6 +1,6 @@
 """How many servers one trainer takes, what their rings have to hold, and what the network has to carry::
 
-    python benchmarks/fleet_simulation.py [--way tcp] [--hidden 4096] [--tokens-s 2000] ... [--json FILE]
+    python benchmarks/fleet_simulation.py [--way tcp] [--hidden 4096] [--tokens-s 2000] ... [--quick] [--json FILE]
 
 A simulation of the trainer's first process (``trainer/online.py``): take in what has come, then train a step, which
 lasts ``--step-s``; meanwhile what comes waits in the servers' rings, and what finds no room is left out. What it costs
@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import typer
-from measuring import save_record
+from measuring import JsonFile, Quick, save_record
 from rich.console import Console
 from rich.table import Table
 
@@ -283,7 +283,8 @@ def main(
     step_s: Annotated[float, typer.Option(min=0.001, help="Seconds of a training step.")] = 0.5,
     step_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a training step.")] = 8192,
     epochs_per_token: Annotated[float, typer.Option(min=0.01, help="The trainer's.")] = 1.0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
+    quick: Quick = False,
+    json_file: JsonFile = None,
 ) -> None:
     torch.set_num_threads(1)
     if way not in Transport.__args__:

@@ -1,7 +1,7 @@
 """Whether answers depend on the draft: greedy answers of a server with draft training, its draft changing all the time,
 against those of a server without speculation (the peer), token by token::
 
-    python benchmarks/lossless.py [--target DIR] [--requests 40] [--json FILE]
+    python benchmarks/lossless.py [--target DIR] [--requests 40] [--quick] [--json FILE]
 
 The same requests, one after another, so that no batch differs; served in float32, where a pass over several tokens
 gives what as many passes over one give, up to rounding.
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from measuring import TINY_TARGET, add_random_draft, save_record, start_capturing, start_plain
+from measuring import TINY_TARGET, JsonFile, Quick, Target, add_random_draft, save_record, start_capturing, start_plain
 
 from sglang_specforge.client import ask
 from sglang_specforge.server_process import ServerProcess
@@ -31,10 +31,12 @@ def answer(server: ServerProcess, prompt: str) -> list[int]:
 
 
 def main(
-    target: Annotated[Path, typer.Option(help="Folder of the target.")] = TINY_TARGET,
+    target: Target = TINY_TARGET,
     requests: Annotated[int, typer.Option(min=1)] = 40,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
+    quick: Quick = False,
+    json_file: JsonFile = None,
 ) -> None:
+    requests = min(requests, 6) if quick else requests
     prompts = list(itertools.islice(stream_prompts(seed=3), requests))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

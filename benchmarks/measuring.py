@@ -1,4 +1,4 @@
-"""What the benchmarks share: peak memory of a call, a mean of ratios, servers, and the record of a run."""
+"""What the benchmarks share: options, peak memory of a call, a mean of ratios, servers, and the record of a run."""
 
 import ctypes
 import json
@@ -8,19 +8,27 @@ import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import scipy.stats
 import torch
+import typer
 
 from sglang_specforge.client import ask
 from sglang_specforge.new_draft import init_draft
 from sglang_specforge.server_process import ServerProcess
 from sglang_specforge.traffic import Tally
 
-TINY_TARGET = Path(__file__).parents[1] / "examples" / "tiny_target"
+ROOT = Path(__file__).parents[1]
+TINY_TARGET = ROOT / "examples" / "tiny_target"
+OFFLINE_DATA = ROOT / "offline-demo" / "states"  # of examples/offline_cpu.sh
+DEMO_DRAFT = ROOT / "demo" / "run" / "versions" / "best"  # of ``make demo``
 _M_MMAP_THRESHOLD = -3
 _SERVED = ("--dtype", "float32", "--log-level", "warning", "--sleep-on-idle")
+
+Quick = Annotated[bool, typer.Option("--quick", help="Less of it: ends within a minute and a half on two cores.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="File for the figures.")]
+Target = Annotated[Path, typer.Option(help="Folder of the target.")]
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
@@ -61,6 +69,17 @@ def add_random_draft(server: ServerProcess, target: Path, folder: Path, seed: in
     draft = init_draft(str(target), folder / f"draft{seed}", draft_vocab_size=768, dtype=dtype, seed=seed)
     answer = ask("POST", server.url, "/draft/versions", None, json={"path": str(draft)}, timeout=120)
     return answer.json()["version"]
+
+
+def must_exist(path: Path, made_by: str) -> None:
+    """Of what a benchmark rests on.
+
+    Raises:
+        typer.Exit: code 2, after saying how to make it.
+    """
+    if not path.exists():
+        typer.echo(f"error: there is no {path}; it is made by {made_by}", err=True)
+        raise typer.Exit(2)
 
 
 def stop_at_failures(tally: Tally) -> None:

@@ -18,13 +18,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import httpx
 import torch
 import typer
 import zmq
-from measuring import TINY_TARGET, save_record, start_capturing
+from measuring import TINY_TARGET, JsonFile, Quick, Target, save_record, start_capturing
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, AutoTokenizer
@@ -152,9 +152,9 @@ def full_context(ingest: Ingest, turns: list[Turn]) -> float:
 
 
 def main(
-    target: Annotated[Path, typer.Option(help="Folder of the target.")] = TINY_TARGET,
-    quick: Annotated[bool, typer.Option(help="12 chats instead of 200.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
+    target: Target = TINY_TARGET,
+    quick: Quick = False,
+    json_file: JsonFile = None,
 ) -> None:
     torch.set_num_threads(1)  # as in the trainer, which shares the machine with the server too
     with tempfile.TemporaryDirectory() as folder:

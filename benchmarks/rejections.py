@@ -16,12 +16,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
-from typing import Annotated
 
 import httpx
 import torch
 import typer
-from measuring import TINY_TARGET, save_record, start_capturing
+from measuring import TINY_TARGET, JsonFile, Quick, Target, save_record, start_capturing
 from rich.console import Console
 from rich.table import Table
 
@@ -91,9 +90,9 @@ def train(job: Job, samples: list[Sample], epochs: int, **settings: float | str)
 
 
 def main(
-    target: Annotated[Path, typer.Option(help="Folder of the target.")] = TINY_TARGET,
-    quick: Annotated[bool, typer.Option(help="Fewer prompts and one order; ends within a minute and a half.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
+    target: Target = TINY_TARGET,
+    quick: Quick = False,
+    json_file: JsonFile = None,
 ) -> None:
     first, then, judged, epochs, seeds = (12, 24, 12, 2, 1) if quick else (100, 300, 100, 4, 5)
     prompts = list(islice(stream_prompts(seed=7), first + then + judged))

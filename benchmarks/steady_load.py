@@ -71,19 +71,19 @@ class Window(NamedTuple):
 
 
 async def by_turns(
-    url: str, events: Mapping[str, Callable[[], AbstractContextManager]], minutes: float
+    url: str, events: Mapping[str, Callable[[], AbstractContextManager]], minutes: float, window_s: float = WINDOW_S
 ) -> tuple[Load, list[Window]]:
-    """A calm window before each of an event; each event comes at least once."""
+    """A calm window before each of an event, for at least ``minutes``; each event comes at least once."""
     load, windows, end_s = Load(), [], time.monotonic() + 60 * minutes
     task = asyncio.create_task(load.run(url))
-    await asyncio.sleep(WINDOW_S)  # warms up
+    await asyncio.sleep(window_s)  # warms up
     names = [name for event in events for name in ("calm", event)]
     while len(windows) < len(names) or time.monotonic() < end_s:
         name = names[len(windows) % len(names)]
         with ExitStack() as stack:
             await asyncio.to_thread(stack.enter_context, events.get(name, nullcontext)())
             begun_s = time.monotonic()
-            await asyncio.sleep(WINDOW_S)
+            await asyncio.sleep(window_s)
             windows.append(Window(name, begun_s, time.monotonic()))
             await asyncio.to_thread(stack.close)
     task.cancel()

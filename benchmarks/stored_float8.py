@@ -1,6 +1,6 @@
 """What storing states in float8 costs: the same draft trained on a dataset as it is, and on its float8 copy::
 
-    python benchmarks/stored_float8.py --data DIR [--quick] [--json FILE]
+    bash examples/offline_cpu.sh; python benchmarks/stored_float8.py [--data DIR] [--quick] [--json FILE]
 
 ``DIR`` is a folder that ``sglang-specforge capture`` wrote. Both drafts are evaluated by simulation on the held-out
 samples as they are. The ratio is of acceptance lengths, float8 to the peer, which is the dataset as served.
@@ -15,7 +15,7 @@ from typing import Annotated
 import msgspec
 import torch
 import typer
-from measuring import save_record
+from measuring import OFFLINE_DATA, JsonFile, Quick, must_exist, save_record
 from rich.console import Console
 from rich.table import Table
 
@@ -57,10 +57,11 @@ def measure(data: Path, run_dir: Path, epochs: int, judged_on: StoredSamples) ->
 
 
 def main(
-    data: Annotated[Path, typer.Option(help="Folder that capture wrote.")],
-    quick: Annotated[bool, typer.Option(help="One epoch instead of eight.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
+    data: Annotated[Path, typer.Option(help="Folder that capture wrote.")] = OFFLINE_DATA,
+    quick: Quick = False,
+    json_file: JsonFile = None,
 ) -> None:
+    must_exist(data, "examples/offline_cpu.sh")
     samples, epochs = StoredSamples(data), 1 if quick else 8
     with tempfile.TemporaryDirectory() as folder:
         places = {samples.manifest.stored: data, "float8": Path(folder) / "float8"}

@@ -1,6 +1,6 @@
 """What clients notice of a swap every second, against calm times, and against SGLang's own way of changing weights::
 
-    python benchmarks/swap.py [--minutes 6] [--json FILE]
+    python benchmarks/swap.py [--minutes 6] [--quick] [--json FILE]
 
 Two real servers, one after the other, under the same steady load of streams. On the first, two draft versions that are
 resident take turns every second (``POST /draft/activate``). On the second, without the plugin, SGLang's
@@ -20,10 +20,10 @@ from typing import Annotated
 import httpx
 import numpy as np
 import typer
-from measuring import TINY_TARGET, add_random_draft, save_record, start_capturing, start_plain
+from measuring import TINY_TARGET, JsonFile, Quick, Target, add_random_draft, save_record, start_capturing, start_plain
 from rich.console import Console
 from rich.table import Table
-from steady_load import Load, Window, by_turns, waits_ms
+from steady_load import WINDOW_S, Load, Window, by_turns, waits_ms
 
 from sglang_specforge.server_process import ServerProcess
 
@@ -63,24 +63,32 @@ def post(server: ServerProcess, path: str, body: dict) -> httpx.Response:
     return httpx.post(server.url + path, json=body, timeout=120, trust_env=False)
 
 
-def measure(server: ServerProcess, name: str, change: Callable[[int], httpx.Response], minutes: float) -> tuple:
+def measure(
+    server: ServerProcess, name: str, change: Callable[[int], httpx.Response], minutes: float, window_s: float
+) -> tuple[Load, list[Window], Changes]:
     changes = Changes(change)
-    load, windows = asyncio.run(by_turns(server.url, {name: changes.happening}, minutes))
+    load, windows = asyncio.run(by_turns(server.url, {name: changes.happening}, minutes, window_s))
     return load, windows, changes
 
 
 def main(
-    target: Annotated[Path, typer.Option(help="Folder of the target.")] = TINY_TARGET,
+    target: Target = TINY_TARGET,
     minutes: Annotated[float, typer.Option(help="On the first server, half of it calm; on the second, a third.")] = 6.0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
+    quick: Quick = False,
+    json_file: JsonFile = None,
 ) -> None:
+    minutes, window_s = (0.0, 4.0) if quick else (minutes, WINDOW_S)
     measured: dict[str, tuple[Load, list[Window], Changes]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with start_capturing(target, folder, *SERVING, *UNWATCHED) as server:
             versions = [add_random_draft(server, target, folder, seed) for seed in (1, 2)]
             measured["swap"] = measure(
-                server, "swap", lambda i: post(server, "/draft/activate", {"version": versions[i % 2]}), minutes
+                server,
+                "swap",
+                lambda i: post(server, "/draft/activate", {"version": versions[i % 2]}),
+                minutes,
+                window_s,
             )
             longest_ms = 1000 * server.status()["draft"]["longest_swap_s"]
         with start_plain(target, folder, *SERVING) as server:
@@ -90,6 +98,7 @@ def main(
                 "update_weights_from_disk",
                 lambda i: post(server, "/update_weights_from_disk", body),
                 minutes / 3,
+                window_s,
             )
     table = Table("", "requests", "failed", "changes", "failed", "median, ms", "p99, ms", "longest, ms", "p99 to calm",
                   "longest to median", title="between two pieces of a stream")  # fmt: skip

@@ -10,12 +10,11 @@ step with the logits of all rows at once, as a loss without chunks has them.
 
 import sys
 from dataclasses import asdict, replace
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
-from measuring import peak_bytes, save_record
+from measuring import JsonFile, Quick, peak_bytes, save_record
 from rich.console import Console
 from rich.table import Table
 from trainer_vs_specforge import Shape, make_samples, make_weights, our_step
@@ -61,8 +60,8 @@ def show(title: str, column: str, rows: list[tuple[int, dict[str, Any], float | 
 
 
 def main(
-    quick: Annotated[bool, typer.Option(help="Fewer points; ends within a minute and a half on two cores.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
+    quick: Quick = False,
+    json_file: JsonFile = None,
 ) -> None:
     by_vocabulary, by_length, samples = [], [], []
     for D in VOCABULARIES[:: 5 if quick else 1]:

@@ -24,7 +24,7 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
-from measuring import peak_bytes, save_record
+from measuring import JsonFile, Quick, must_exist, peak_bytes, save_record
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -240,13 +240,11 @@ def _spread(sample: dict[str, Any]) -> str:
 
 
 def main(
-    quick: Annotated[bool, typer.Option(help="Fewer rounds; ends within a minute and a half on two cores.")] = False,
+    quick: Quick = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
-    if not PEER.exists():
-        typer.echo(f"error: the peer is missing; pip install --no-deps --target {PEER} specforge==0.2.0", err=True)
-        raise typer.Exit(2)
+    must_exist(PEER, f"pip install --no-deps --target {PEER} specforge==0.2.0")
     sys.path.insert(0, str(PEER))
     torch.set_default_device(device)
     shapes = SHAPES

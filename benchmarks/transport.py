@@ -15,13 +15,12 @@ import tempfile
 import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
 import zmq
-from measuring import save_record
+from measuring import JsonFile, Quick, save_record
 from rich.console import Console
 from rich.table import Table
 
@@ -219,8 +218,8 @@ def can_pull() -> bool:
 
 
 def main(
-    quick: Annotated[bool, typer.Option(help="One hidden size, three spans, one round each.")] = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
+    quick: Quick = False,
+    json_file: JsonFile = None,
 ) -> None:
     torch.set_num_threads(1)
     ways = [way for way in WAYS if way != PULLED or can_pull()]
