@@ -31,6 +31,27 @@ class SettingsError(ValueError):
     """A setting is unknown, out of bounds, or contradicts another; the message says what is accepted."""
 
 
+def check_run_folder(settings: TrainingSettings) -> None:
+    """It is made where it is not there.
+
+    Raises:
+        SettingsError: no file can be made in it.
+    """
+    _try_folder("run_dir", settings.run_dir, make=True)
+
+
+def _try_folder(setting: str, folder: Path, make: bool = False) -> None:
+    try:
+        if make:
+            folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise SettingsError(
+            f"draft training setting {setting!r} = {str(folder)!r}: no file can be made there ({error.strerror}); "
+            "give a folder that can be written to"
+        ) from error
+
+
 class OnlineSettings(TrainingSettings):
     """Training on what live servers compute."""
 
@@ -78,14 +99,8 @@ class OnlineSettings(TrainingSettings):
         Raises:
             SettingsError: no file can be made in the folder for spilled prefixes.
         """
-        try:
-            if self.prefix_spill_dir:
-                tempfile.TemporaryFile(dir=self.prefix_spill_dir).close()
-        except OSError as error:
-            raise SettingsError(
-                f"draft training setting 'prefix_spill_dir' = {str(self.prefix_spill_dir)!r}: no file can be made "
-                f"there ({error.strerror}); give a folder that exists and can be written to"
-            ) from error
+        if self.prefix_spill_dir:
+            _try_folder("prefix_spill_dir", self.prefix_spill_dir)
 
 
 class DraftTrainingSettings(OnlineSettings):

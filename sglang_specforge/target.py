@@ -18,9 +18,20 @@ class TargetError(ValueError):
 
 
 def resolve_target(model_path: str) -> Path:
-    """Local folder of a target given as a folder or as a Hugging Face repository."""
+    """Local folder of a model given as a folder or as a Hugging Face repository.
+
+    Raises:
+        TargetError: it is neither, or cannot be fetched.
+    """
     path = Path(model_path)
-    return path if path.is_dir() else Path(snapshot_download(model_path))
+    try:
+        return path if path.is_dir() else Path(snapshot_download(model_path))
+    except (OSError, ValueError) as error:
+        why = str(error).partition("\n")[0]
+        raise TargetError(
+            f"{model_path!r} is no folder here and cannot be fetched from Hugging Face ({why}); give the model's "
+            "folder, or a name that can be fetched"
+        ) from error
 
 
 def load_target_config(folder: Path) -> PretrainedConfig:

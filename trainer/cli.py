@@ -13,7 +13,7 @@ import torch.distributed as dist
 from sglang_specforge.checkpoint import CheckpointError
 from sglang_specforge.client import Unanswered
 from sglang_specforge.new_draft import RECIPES, coverage, import_draft, init_draft
-from sglang_specforge.settings import OnlineSettings, Run, Settings, SettingsError, load_settings
+from sglang_specforge.settings import OnlineSettings, Run, Settings, SettingsError, check_run_folder, load_settings
 from sglang_specforge.settings_flags import add_settings_flags, given_settings
 from sglang_specforge.shared_memory import SegmentRefused
 from sglang_specforge.sockets import EndpointTaken
@@ -64,6 +64,7 @@ def train_for(run: Run) -> None:
 def train_attached(settings: AttachSettings, api_key: str | None) -> None:
     """Until SIGTERM or SIGINT; servers may come and go."""
     stopped = stop_signal()
+    check_run_folder(settings)
     with process_group(settings) as device:
         job, servers = attach(settings, api_key)
         _train_online(job, settings, servers, device, stopped)
@@ -82,6 +83,7 @@ def _train_online(
 def train_offline(settings: OfflineSettings) -> None:
     """Until the epochs or steps are done, or SIGTERM or SIGINT comes."""
     stopped = stop_signal()
+    check_run_folder(settings)
     with process_group(settings) as device:
         target = resolve_target(str(settings.target or Manifest.load(settings.data).target_path))
         samples = StoredSamples(settings.data, fingerprint_target(target))

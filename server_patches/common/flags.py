@@ -13,7 +13,7 @@ from server_patches.supported import check
 from server_patches.targets import IncompatibleSGLang
 from sglang_specforge.checkpoint import FINGERPRINT_KEY, CheckpointError, load_config
 from sglang_specforge.new_draft import import_draft, init_draft
-from sglang_specforge.settings import DraftTrainingSettings, Run, SettingsError, load_settings
+from sglang_specforge.settings import DraftTrainingSettings, Run, SettingsError, check_run_folder, load_settings
 from sglang_specforge.settings_flags import add_settings_flags, flag_of, given_settings
 from sglang_specforge.sockets import make_socket_folder
 from sglang_specforge.target import TargetError, fingerprint_target, load_target_config, resolve_target
@@ -43,6 +43,7 @@ def consume_flags(cls: type, args: argparse.Namespace) -> None:
     try:
         if getattr(args, "enable_draft_training", False):
             settings = load_settings(DraftTrainingSettings, given, file)
+            check_run_folder(settings)
             if settings.trainer == "spawn":
                 settings.check_spill()
             _start_run(args, settings.with_absolute_folders())  # others read them, from folders of their own

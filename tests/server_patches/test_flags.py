@@ -104,6 +104,12 @@ def test_where_drafting_cannot_be_switched_off_it_never_is_and_that_is_said(pars
             ["--enable-draft-training", "--draft-training-prefix-spill-dir", "/dev/null"],
             "'prefix_spill_dir' = '/dev/nul",
         ),
+        (["--enable-draft-training", "--draft-training-run-dir", "/dev/null/run"], "'run_dir' = '/dev/null/run'"),
+        (["--enable-draft-training", "--model-path", "/no/where"], "'/no/where' is no folder here"),
+        (
+            ["--enable-draft-training", "--dtype", "float32", "--speculative-draft-model-path", "/no/where"],
+            "'/no/where' is no folder here",
+        ),
         (["--enable-draft-training", "--dtype", "float32", "--disaggregation-mode", "decode"], "trainer none"),
         (
             ["--enable-draft-training", "--draft-drafting", "auto", "--speculative-eagle-topk", "2"],

@@ -221,6 +221,21 @@ def test_a_run_that_began_from_another_draft_is_not_gone_on_with(tmp_path, data,
     assert "began from a random draft; go on without --draft" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("run_dir", "given", "named"),
+    [
+        ("/dev/null/run", {}, "'run_dir' = '/dev/null/run': no file can be made there"),
+        ("run", {"draft": "/no/where"}, "'/no/where' is no folder here"),
+        ("run", {"target": "/no/where"}, "'/no/where' is no folder here"),
+    ],
+)
+def test_folders_that_are_not_there_are_named(tmp_path, data, capsys, run_dir, given, named):
+    with pytest.raises(SystemExit) as end:
+        main(flags(tmp_path / run_dir, data, **given))
+    assert end.value.code == 2
+    assert named in capsys.readouterr().err
+
+
 def test_data_that_is_all_held_out_is_refused():
     with pytest.raises(DatasetError, match="all 3 samples are held out"):
         Split([], [None] * 3).check()
