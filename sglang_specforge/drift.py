@@ -1,7 +1,7 @@
 """A fall of acceptance on live traffic, overall or of one slice, while the draft stays the same: traffic has changed.
 
 The Page-Hinkley test (Page, "Continuous inspection schemes", Biometrika 1954; river's) on the logarithm of the
-acceptance length of about two seconds, in standard deviations of what was seen of the version first.
+acceptance length of about two seconds, in standard deviations of what was seen of the version at first.
 """
 
 import math
@@ -15,9 +15,10 @@ from river.drift import PageHinkley
 
 ALL = ""  # the name of all traffic, beside the slices that requests name
 _MIN_PASSES = 30  # verifications of a request that one look has to see
-_BASELINE = 10  # looks that say what is usual of a version
+_SETTLING = 4  # looks at which requests still run that began with another draft, or with other traffic
+_BASELINE = 12  # looks after them that say what is usual of a version
 _LEAST_SPREAD = 0.01  # of a look, relative: a quiet beginning is no promise
-_ALLOWED, _THRESHOLD = 0.5, 15.0  # standard deviations: of the mean, and of the sum beyond it that is a fall
+_ALLOWED, _THRESHOLD = 0.5, 18.0  # standard deviations: of the mean, and of the sum beyond it that is a fall
 _ANCHOR = 50  # looks that what was usual counts for
 _RECOVERED, _RECENT = 0.95, 5  # share of the length before, over so many looks, that ends a move
 _LONGEST_MOVE_S = 1800.0  # what has not recovered by then is what is usual now
@@ -156,8 +157,8 @@ class _Level:
         self._lengths.append(new_tokens / new_passes)
         if self._usual is None:
             self.calm_s = now_s
-            if self.looks == _BASELINE:
-                logs = [math.log(length) for length in self._lengths]
+            if self.looks == _SETTLING + _BASELINE:
+                logs = [math.log(length) for length in list(self._lengths)[_SETTLING:]]
                 self._usual = statistics.fmean(logs), max(statistics.stdev(logs), _LEAST_SPREAD)
                 for _ in range(_ANCHOR):  # the test's mean follows what it sees: a fall at once would be all it knows
                     self._test.update(0.0)

@@ -46,8 +46,18 @@ def test_a_fall_of_all_traffic_is_noticed_within_half_a_minute_and_so_is_its_end
 
 def test_a_fall_right_after_what_is_usual_is_known_is_noticed_too():
     server = Server()
-    assert server.looks(10, {ALL: 2.4}) == []
+    assert server.looks(16, {ALL: 2.4}) == []
     assert [move.name for move in server.looks(15, {ALL: 1.9})] == [ALL]
+
+
+def test_what_a_swap_leaves_behind_is_not_taken_for_usual():
+    server = Server()
+    assert server.looks(30, {ALL: 1.0}) == []
+    server.version = 2
+    for length in (1.2, 1.6, 2.0, 2.4):  # requests that began with the draft before end
+        assert server.looks(1, {ALL: length}) == []
+    assert server.looks(20, {ALL: 2.8}) == []
+    assert [move.name for move in server.looks(6, {ALL: 2.2})] == [ALL]
 
 
 def test_only_the_slice_that_fell_is_named():
