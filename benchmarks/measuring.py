@@ -14,7 +14,7 @@ import scipy.stats
 import torch
 import typer
 
-from sglang_specforge.client import ask
+from sglang_specforge.client import ask, writable
 from sglang_specforge.new_draft import init_draft
 from sglang_specforge.server_process import ServerProcess
 from sglang_specforge.traffic import Tally
@@ -27,7 +27,7 @@ _M_MMAP_THRESHOLD = -3
 _SERVED = ("--dtype", "float32", "--log-level", "warning", "--sleep-on-idle")
 
 Quick = Annotated[bool, typer.Option("--quick", help="Less of it: ends within a minute and a half on two cores.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="File for the figures.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="File for the figures.", callback=writable)]
 Target = Annotated[Path, typer.Option(help="Folder of the target.")]
 
 

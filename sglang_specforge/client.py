@@ -1,6 +1,7 @@
 """Asking a server that runs with draft training; commands end with an error where it does not answer as one."""
 
 import contextlib
+import os
 import time
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -138,3 +139,10 @@ def _status(url: str, api_key: str | None) -> dict[str, Any]:
 def fail(message: str, code: int = 2) -> NoReturn:
     errors.print(f"error: {message}", style="red", highlight=False, soft_wrap=True)
     raise typer.Exit(code)
+
+
+def writable(file: Path | None) -> Path | None:
+    """Of an option: said before the work whose outcome could not be written afterwards."""
+    if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK)):
+        raise typer.BadParameter(f"{file} cannot be written; give a file in a folder that is there")
+    return file

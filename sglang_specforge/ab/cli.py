@@ -1,7 +1,6 @@
 """``sglang-specforge ab``: starting, watching and ending comparisons of drafts on a live server."""
 
 import asyncio
-import os
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,23 +14,16 @@ from sglang_specforge.ab.plan import Plan
 from sglang_specforge.ab.report import Report
 from sglang_specforge.ab.servers import Servers, compare_servers
 from sglang_specforge.ab.view import render, write_page
-from sglang_specforge.client import DEFAULT_URL, ApiKey, Unanswered, Url, ask, fail
+from sglang_specforge.client import DEFAULT_URL, ApiKey, Unanswered, Url, ask, fail, writable
 
 app = typer.Typer(help="Compare drafts on live traffic, by turns, until it is settled.", no_args_is_help=True)
 console = Console()
 _LOOK_EVERY_S = 1.0
 
 
-def _writable(file: Path | None) -> Path | None:
-    """Before anything is compared: what was found could not be written afterwards."""
-    if file is not None and (file.is_dir() or not os.access(file.parent, os.W_OK)):
-        raise typer.BadParameter(f"{file} cannot be written; give a file in a folder that is there")
-    return file
-
-
-Html = Annotated[Path | None, typer.Option(help="Also write a page with the curves to this file.", callback=_writable)]
+Html = Annotated[Path | None, typer.Option(help="Also write a page with the curves to this file.", callback=writable)]
 Record = Annotated[
-    Path | None, typer.Option("--json", help="Also write the report to this file, as JSON.", callback=_writable)
+    Path | None, typer.Option("--json", help="Also write the report to this file, as JSON.", callback=writable)
 ]
 Id = Annotated[str, typer.Argument(help="Number of the A/B.")]
 

@@ -56,7 +56,7 @@ def capture(
         writer = DatasetWriter(out, manifest, shard_mb << 20)
         expected = Expected(target.hidden_size, target.vocab_size, run.travel_dtype)
         report = _run(Capture(url, api_key, run, expected, writer, concurrency), sequences)
-    except (PreparedError, DatasetError, TargetError, EndpointTaken, NotCaptured, Unanswered) as error:
+    except (PreparedError, DatasetError, TargetError, EndpointTaken, NotCaptured, Unanswered, OSError) as error:
         fail(str(error))
     console.print(
         f"stored {report.stored} sequences of {report.stored_tokens:,} tokens in {out}; {report.there_already} were "
