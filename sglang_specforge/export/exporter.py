@@ -95,6 +95,7 @@ class Exporter:
             **self.admission.status(),
             **self._acceptance.status(),
             "pace": self.pace.status(),
+            "swap_steps": self.pace.swap_steps(),
         }
 
     def _run(self) -> None:
@@ -173,8 +174,7 @@ class Exporter:
             self._acceptance.count(
                 version, committed, verified.slices, verified.prompts, verified.window, verified.standings
             )
-        if verified.seconds is not None:
-            self.pace.count(verified.drafted, len(verified.facts_BF), verified.seconds, committed)
+        self.pace.count(version, verified.drafted, len(verified.facts_BF), verified.seconds, committed)
 
     def _announce(self, ends: list[Finished]) -> None:
         self._unsent += ends

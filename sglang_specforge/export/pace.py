@@ -1,9 +1,13 @@
-"""How long decode passes take with drafting and without it, by batch size, and the tokens that they commit."""
+"""How long decode passes take with drafting and without it, by batch size, and the tokens that they commit; and how
+long those take in which the draft is swapped."""
 
+import statistics
 import time
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 
 _LONGEST_S = 1.0  # of a pass; more is a pause
+_REMEMBERED, _FEWEST = 64, 8  # passes without a swap, whose median a pass with one is compared with
 
 
 @dataclass(slots=True)
@@ -14,6 +18,7 @@ class Paced:
     seconds: float = 0.0
     verifications: int = 0  # of a request
     tokens: int = 0
+    calm_s: deque[float] = field(default_factory=lambda: deque(maxlen=_REMEMBERED))
 
 
 class Pace:
@@ -23,6 +28,8 @@ class Pace:
         self._last_s: float | None = None
         self._last_key = (False, 0)
         self._totals: dict[tuple[bool, int], Paced] = {}
+        self._version: int | None = None
+        self._swaps, self._longest_swap = 0, 0.0  # passes with one, and the longest, in medians of those without
 
     def interrupt(self) -> None:
         """Another kind of pass came in between (scheduler thread)."""
@@ -35,9 +42,17 @@ class Pace:
         self._last_s, self._last_key = now_s, key
         return seconds if seconds is None or seconds < _LONGEST_S else None
 
-    def count(self, drafted: bool, requests: int, seconds: float, committed: list[int]) -> None:
-        """A pass that had a lap (exporter thread)."""
+    def count(self, version: int, drafted: bool, requests: int, seconds: float | None, committed: list[int]) -> None:
+        """A pass, and its lap if it had one (exporter thread)."""
+        swapped, self._version = self._version not in (None, version), version
+        if seconds is None:
+            return
         totals = self._totals.setdefault((drafted, size_class(requests)), Paced())
+        if not swapped:
+            totals.calm_s.append(seconds)
+        elif len(totals.calm_s) >= _FEWEST:
+            self._swaps += 1
+            self._longest_swap = max(self._longest_swap, seconds / statistics.median(totals.calm_s))
         totals.passes += 1
         totals.seconds += seconds
         totals.verifications += len(committed)
@@ -51,6 +66,11 @@ class Pace:
             kind = found["drafted" if drafted else "undrafted"]
             kind[str(largest)] = [t.passes, t.seconds, t.verifications, t.tokens]
         return found
+
+    def swap_steps(self) -> dict[str, float]:
+        """Passes in which the draft was swapped, and the longest of them, in medians of those without a swap at its
+        batch size; 0 before the first."""
+        return {"timed": self._swaps, "longest_to_median": self._longest_swap}
 
 
 def size_class(count: int) -> int:

@@ -160,6 +160,6 @@ def test_only_a_pass_that_follows_one_of_its_kind_is_timed(monkeypatch):
     for _ in range(20):
         next(clock)
     assert found.lap(False, 9) is None  # a pause
-    found.count(True, 7, 0.1, [1, 3])
-    found.count(True, 8, 0.1, [2])
+    found.count(0, True, 7, 0.1, [1, 3])
+    found.count(0, True, 8, 0.1, [2])
     assert found.status() == {"drafted": {"8": [2, pytest.approx(0.2), 3, 6]}, "undrafted": {}}
