@@ -68,7 +68,7 @@ def main(
     quick: Quick = False,
     json_file: JsonFile = None,
 ) -> None:
-    phase_s, window_s = (10.0, 4.0) if quick else (60 * minutes, WINDOW_S)
+    phase_s, window_s = (7.0, 3.0) if quick else (60 * minutes, WINDOW_S)
     with tempfile.TemporaryDirectory() as name:
         turned, events = measure(target, Path(name) / "turned", ("prose", "numbers"), phase_s, window_s)
         alone, _ = measure(target, Path(name) / "alone", ("numbers",), phase_s, window_s)

@@ -49,6 +49,7 @@ def take_slowly(frames):
     time.sleep(0.5 if slow else 0)
     return take(frames)
 inbox.take = take_slowly
+print(flush=True)
 while True:
     inbox.receive(0.5)
 """
@@ -63,12 +64,14 @@ class Reader:
         self.start()
 
     def start(self) -> None:
-        self.process = subprocess.Popen([sys.executable, "-c", READER, self._spans, self._spill_folder])
+        command = [sys.executable, "-c", READER, self._spans, self._spill_folder]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        self.process.stdout.readline()  # the server may not have noticed yet that the one before is gone
         wait_until_captured(self._server.url)
 
     def end(self) -> None:
-        self.process.kill()
-        self.process.wait()
+        with self.process:
+            self.process.kill()
 
     @contextmanager
     def killed(self) -> Iterator[None]:

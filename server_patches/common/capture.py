@@ -25,6 +25,8 @@ def around_prefill(original: Any, worker: Any, batch: Any, *args: Any, **kwargs:
 
 def after_verify(result: Any, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER ``EAGLEWorkerV2.verify``."""
+    if batch.forward_mode.is_idle():  # under DP attention a rank steps with the others, and may have no request
+        return
     if result.accept_index.shape[1] > 1:  # drafting is on
         outputs.note(batch.reqs, process.this.bank.active_version)
     _guarded(_capture_verify, batch, result)

@@ -38,7 +38,10 @@ def extend_attention_cpu(
     ``tree_mask`` (B*E*E bools, every request extending by E) replaces causality among the new tokens.
     """
     _refuse_cross_attention("extend_attention_cpu", is_cross_attention)
-    B, E, S = seq_lens.numel(), int(extend_seq_lens.max()), int(seq_lens.max())
+    B, E, S = extend_seq_lens.numel(), int(extend_seq_lens.max()), int(seq_lens.max())
+    if q_THD.shape[0] > (T := int(extend_seq_lens.sum())):  # filled up to another rank's batch, under DP attention
+        out_THD[T:] = 0
+        q_THD, out_THD, req_pool_indices = q_THD[:T], out_THD[:T], req_pool_indices[:B]
     if q_THD.shape[0] == B and E == 1:  # a verification that nothing was drafted for
         unused = seq_lens
         decode_attention_cpu(
@@ -103,6 +106,9 @@ def decode_attention_cpu(
         k_buffer[loc] = k_BGD.view(-1, *k_buffer.shape[1:]).to(k_buffer.dtype)
         v_buffer[loc] = v_BGD.view(-1, *v_buffer.shape[1:]).to(v_buffer.dtype)
     B, S = seq_lens.numel(), int(seq_lens.max())
+    if q_BHD.shape[0] > B:  # filled up, as above
+        out_BHD[B:] = 0
+        q_BHD, out_BHD, req_pool_indices = q_BHD[:B], out_BHD[:B], req_pool_indices[:B]
     seq_B1, slot_S = seq_lens.long().view(B, 1), torch.arange(S)
     mask_BS = slot_S < seq_B1
     if sliding_window > 0:

@@ -1,5 +1,5 @@
-"""Where SGLang assumes that a CPU has AMX, that CUDA wheels mean a GPU, or that CPUs have no EP, no PD and
-one draft depth.
+"""Where SGLang assumes that a CPU has AMX, that CUDA wheels mean a GPU, or that CPUs have no EP, no PD, no rank that
+is idle under DP attention, and one draft depth.
 
 Shapes: T tokens, H hidden, K experts a token, P pairs of a token and an expert of this rank.
 """
@@ -16,7 +16,7 @@ from server_patches.cpu import v0_5_17
 
 
 def register_hooks() -> None:
-    """Make the ``intel_amx`` backend, TP, EP and PD disaggregation run on the portable kernels."""
+    """Make the ``intel_amx`` backend, TP, EP, DP attention and PD disaggregation run on the portable kernels."""
     # Set on the one module that chooses the attention backend: everywhere else AMX stays absent.
     if hasattr(overrides, "get_platform"):
         overrides.get_platform = _PlatformWithAMXKernels.of(overrides.get_platform)
@@ -28,6 +28,9 @@ def register_hooks() -> None:
     )
     HookRegistry.register(
         "sglang.srt.layers.moe.fused_moe_native.moe_forward_native", _run_local_experts, HookType.AROUND
+    )
+    HookRegistry.register(
+        "sglang.srt.layers.rotary_embedding.base.RotaryEmbedding.forward_native", _rotate_some, HookType.AROUND
     )
     HookRegistry.register(
         "sglang.srt.speculative.eagle_worker_v2.check_cuda_graph_backend", _no_graphs, HookType.REPLACE
@@ -61,6 +64,13 @@ def _no_nccl(*args: Any, **kwargs: Any) -> None:
 def _no_graphs(phase: str, backend: str) -> bool:
     # The draft worker would capture the target's graphs for a second depth, which a CPU has none of.
     return backend == Backend.DISABLED
+
+
+def _rotate_some(
+    original: Any, rotary: Any, positions: Tensor, query: Tensor, key: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    # A rank that is idle under DP attention has no rows, and those cannot be cut into heads.
+    return original(rotary, positions, query, key, *args, **kwargs) if positions.numel() else (query, key)
 
 
 def _send_indices_at_once(result: None, sender: Any, *args: Any, **kwargs: Any) -> None:

@@ -152,6 +152,33 @@ def test_extend_attention(seed, kind, logit_cap, window):
             torch.testing.assert_close(out[start[b] + e].double(), wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("lengths", [(1, 1), (3, 2)])
+def test_rows_that_fill_a_batch_up_to_another_ranks_change_nothing(lengths):
+    torch.manual_seed(0)
+    B, H, G, D = 2, 6, 2, 8
+    cache, extend = Cache(B, G, D, torch.float32), torch.tensor(lengths)
+    cache.seq_lens = cache.seq_lens.clamp(min=3)
+    T = int(extend.sum())
+    q = torch.randn(T + 4, H, D)
+
+    def attend(filled):
+        indices = torch.cat([cache.req_pool_indices, torch.zeros(filled, dtype=torch.long)])
+        extended, decoded = torch.full((T + filled, H, D), torch.nan), torch.full((B + filled, H, D), torch.nan)
+        attention.extend_attention_cpu(
+            q[: T + filled], None, None, extended, cache.k, cache.v, 1.0, 1.0, cache.req_to_token, indices,
+            cache.seq_lens, extend, extend.cumsum(0) - extend, int(extend.max()), D**-0.5, 0.0, False, 0, None,
+        )  # fmt: skip
+        attention.decode_attention_cpu(
+            q[: B + filled], cache.k, cache.v, 1.0, 1.0, decoded, None, None, None, None, cache.req_to_token, indices,
+            cache.seq_lens, D**-0.5, 0.0, False, 0, None,
+        )  # fmt: skip
+        return extended, decoded
+
+    for rows, found, wanted in zip((T, B), attend(filled=4), attend(filled=0), strict=True):
+        assert torch.equal(found[:rows], wanted)
+        assert found[rows:].eq(0).all()
+
+
 @pytest.mark.parametrize("kernel", [attention.extend_attention_cpu, attention.decode_attention_cpu])
 def test_cross_attention_is_refused_by_name(kernel):
     arguments = [None] * kernel.__code__.co_argcount
