@@ -22,6 +22,7 @@ from typing import Annotated
 
 import numpy as np
 import psutil
+import torch
 import typer
 from measuring import TINY_TARGET, JsonFile, Quick, Target, save_record, start_capturing
 from rich.console import Console
@@ -30,6 +31,8 @@ from steady_load import WINDOW_S, Load, Window, by_turns, waits_ms
 
 from sglang_specforge.client import run_of, wait_until_captured
 from sglang_specforge.server_process import ServerProcess
+from sglang_specforge.target import load_target_config
+from trainer.prefix_store import block_bytes
 
 SERVING = ("--max-total-tokens", 16384, "--max-running-requests", 16, "--draft-training-ring-mb", 2)
 READER = """
@@ -42,7 +45,7 @@ from trainer.prefix_store import PrefixStore
 from trainer.spill import Spill
 slow = []
 signal.signal(signal.SIGUSR1, lambda *_: slow.clear() if slow else slow.append(1))
-ledger, spill = TokenLedger(), Spill(Path(sys.argv[2]), 64 << 20, 1 << 16)
+ledger, spill = TokenLedger(), Spill(Path(sys.argv[2]), 64 << 20, int(sys.argv[3]))
 inbox = Inbox(sys.argv[1], Assembler(ledger, 4096, PrefixStore("target", 1 << 20, spill)), ledger)
 take = inbox.take
 def take_slowly(frames):
@@ -61,10 +64,12 @@ class Reader:
     def __init__(self, server: ServerProcess, spill_folder: str) -> None:
         self._server, self._spill_folder, run = server, spill_folder, run_of(server.url)
         self._spans, self._control = run.spans_endpoint, run.control_endpoint
+        hidden_size = load_target_config(Path(run.target_path)).hidden_size
+        self._slot_bytes = block_bytes(hidden_size, getattr(torch, run.served_dtype))
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-c", READER, self._spans, self._spill_folder]
+        command = [sys.executable, "-c", READER, self._spans, self._spill_folder, str(self._slot_bytes)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE)
         self.process.stdout.readline()  # the server may not have noticed yet that the one before is gone
         wait_until_captured(self._server.url)
