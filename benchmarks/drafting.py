@@ -42,12 +42,11 @@ SERVING = ("--max-total-tokens", 16384, "--max-running-requests", 16)
 AUTO = ("--draft-drafting", "auto", "--draft-gate", "off", "--draft-training-draft-vocab-size", 32000)  # as the demo's
 LOAD = {"concurrency": 8, "max_tokens": 96, "temperature": 0.0}
 ARMS = ("no speculation", "nobody attached", "consumer")
-REQUESTS = 40  # of a turn
 
 
-def tokens_per_s(server: ServerProcess) -> float:
+def tokens_per_s(server: ServerProcess, requests: int) -> float:
     tally = Tally()
-    asyncio.run(drive(server.url, stream_prompts(seed=0), tally, requests=REQUESTS, **LOAD))
+    asyncio.run(drive(server.url, stream_prompts(seed=0), tally, requests=requests, **LOAD))
     stop_at_failures(tally)
     return tally.tokens_per_s
 
@@ -56,21 +55,23 @@ def drafting(server: ServerProcess) -> dict[str, Any]:
     return server.status()["draft"]["drafting"]
 
 
-def settle(server: ServerProcess) -> dict[str, Any]:
+def settle(server: ServerProcess, requests: int) -> dict[str, Any]:
     """Drive the server until it has tried its draft once more."""
     before = drafting(server)["trials"]
     while drafting(server)["trials"] == before:
-        tokens_per_s(server)
+        tokens_per_s(server, requests)
     return drafting(server)
 
 
-def take_rounds(plain: ServerProcess, auto: ServerProcess, consumer: Consumer, rounds: int) -> list[dict[str, float]]:
+def take_rounds(
+    plain: ServerProcess, auto: ServerProcess, consumer: Consumer, rounds: int, requests: int
+) -> list[dict[str, float]]:
     found = []
     for i in range(rounds):
         speed = {}
         for arm in random.Random(i).sample(ARMS, len(ARMS)):
             with consumer.reading() if arm == "consumer" else contextlib.nullcontext():
-                speed[arm] = tokens_per_s(plain if arm == "no speculation" else auto)
+                speed[arm] = tokens_per_s(plain if arm == "no speculation" else auto, requests)
         found.append(speed)
     return found
 
@@ -81,9 +82,9 @@ def main(
     quick: Quick = False,
     json_file: JsonFile = None,
 ) -> None:
-    rounds = 3 if quick else 8
+    rounds, requests = (2, 12) if quick else (8, 40)  # requests of a turn
     table = Table("draft", "drafting", "break-even", "last gain", "arm", "tokens/s", "ratio", "95% interval",
-                  title=f"{rounds} rounds of {REQUESTS} requests")  # fmt: skip
+                  title=f"{rounds} rounds of {requests} requests")  # fmt: skip
     ratios, samples = {}, []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -95,8 +96,8 @@ def main(
             for label in ("random", *(["learnt"] if draft else [])):
                 if label == "learnt":
                     ask("POST", auto.url, "/draft/versions", None, json={"path": str(draft.absolute())}, timeout=120)
-                settle(auto)
-                found = take_rounds(plain, auto, consumer, rounds)
+                settle(auto, requests)
+                found = take_rounds(plain, auto, consumer, rounds, requests)
                 state = drafting(auto)
                 told = [label, state["depth"], f"{state['break_even_length']:.2f}", f"{state['gain']:.2f}"]
                 for arm in ARMS:

@@ -51,7 +51,7 @@ STEPS = {
     "demo": Step(_DEMO, 7, "1b", "bfloat16"),
     "capture": Step("benchmarks/capture_overhead.py --quick --target {target} --json {json}", 5, "1b", "bfloat16"),
     "swap": Step("benchmarks/swap.py --minutes 1.5 --target {target} --json {json}", 6, "1b", "bfloat16"),
-    "drafting": Step("benchmarks/drafting.py --quick --target {target} --json {json}", 8, "1b", "bfloat16"),
+    "drafting": Step("benchmarks/drafting.py --target {target} --json {json}", 8, "1b", "bfloat16"),
     "transport": Step("benchmarks/transport.py --quick --json {json}", 3),
     "sampling": Step("benchmarks/chain_sampling.py --device {device} --json {json}", 2),
     "trainer": Step("benchmarks/trainer_vs_specforge.py --quick --device {device} --json {json}", 5),
