@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import shlex
 import signal
 import socket
@@ -18,6 +19,7 @@ import httpx
 DEVICE_VARIABLE, FLAGS_VARIABLE = "SPECFORGE_SERVER_DEVICE", "SPECFORGE_SERVER_FLAGS"
 _READY_LIMIT_S, _READY_LIMIT_OF_A_GPU_S = 240.0, 600.0  # where kernels are compiled at first
 _POLL_S = 0.25
+_PORTS, _TRIED_PORTS = range(20_000, 32_000), 100  # Linux gives 32768 and up to outgoing connections
 _STOP_LIMIT_S = 20.0
 
 
@@ -123,7 +125,12 @@ class ServerProcess:
         return True
 
 
-def free_port() -> int:
-    with contextlib.closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_port(in_a_row: int = 1) -> int:
+    """The first of so many at which nobody listens now, and which no outgoing connection will be given."""
+    for _ in range(_TRIED_PORTS):
+        first = _PORTS.start + secrets.randbelow(len(_PORTS))
+        with contextlib.ExitStack() as probes, contextlib.suppress(OSError):
+            for port in range(first, first + in_a_row):
+                probes.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            return first
+    raise OSError(f"no {in_a_row} free ports in a row among {_TRIED_PORTS} tries in {_PORTS}")

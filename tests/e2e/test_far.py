@@ -46,8 +46,7 @@ def far_trainer(server, folder, *more):
     target = folder / "target"
     if not target.exists():
         shutil.copytree(TARGET, target)
-    port = min(free_port(), 65534)  # the next one is free as well, most likely
-    flags = ("--listen", f"tcp://127.0.0.1:{port}", "--target", target, *more)
+    flags = ("--listen", f"tcp://127.0.0.1:{free_port(in_a_row=2)}", "--target", target, *more)
     return AttachedTrainer([server], folder / "run", ("-c", ELSEWHERE), flags)
 
 
