@@ -38,17 +38,18 @@ def extend_attention_cpu(
     ``tree_mask`` (B*E*E bools, every request extending by E) replaces causality among the new tokens.
     """
     _refuse_cross_attention("extend_attention_cpu", is_cross_attention)
-    B, E, S = extend_seq_lens.numel(), int(extend_seq_lens.max()), int(seq_lens.max())
-    if q_THD.shape[0] > (T := int(extend_seq_lens.sum())):  # filled up to another rank's batch, under DP attention
-        out_THD[T:] = 0
-        q_THD, out_THD, req_pool_indices = q_THD[:T], out_THD[:T], req_pool_indices[:B]
-    if q_THD.shape[0] == B and E == 1:  # a verification that nothing was drafted for
+    B, (least, E) = extend_seq_lens.numel(), map(int, extend_seq_lens.aminmax())
+    if least == E == 1:  # a verification that nothing was drafted for
         unused = seq_lens
         decode_attention_cpu(
             q_THD, k_buffer, v_buffer, k_scale, v_scale, out_THD, None, None, unused, unused, req_to_token,
             req_pool_indices, seq_lens, scaling, logit_cap, is_cross_attention, sliding_window, encoder_lens, sinks,
         )  # fmt: skip
         return
+    S = int(seq_lens.max())
+    if q_THD.shape[0] > (T := int(extend_seq_lens.sum())):  # filled up to another rank's batch, under DP attention
+        out_THD[T:] = 0
+        q_THD, out_THD, req_pool_indices = q_THD[:T], out_THD[:T], req_pool_indices[:B]
     seq_B11, new_B11 = seq_lens.long().view(B, 1, 1), extend_seq_lens.long().view(B, 1, 1)
     prefix_B11 = seq_B11 - new_B11
     row_BE = torch.arange(E).expand(B, E)

@@ -49,12 +49,13 @@ class Verified:
 
     def committed(self) -> list[int]:
         """Tokens that were committed for each counted request."""
-        return self.facts_BF[self.counted, 1].tolist()
+        accepted_B = self.facts_BF[:, 1].tolist()
+        return [accepted_B[b] for b in self.counted]
 
     def facts(self) -> list[tuple[int, int, int, int]]:
         """Of each captured request: first position, rows accepted, the token proposed after the first row, and the one
         refused after the last accepted row. In a chain that is the next draft; a tree may have refused several (-1)."""
-        facts, drafts = self.facts_BF[self.picked].tolist(), self.facts_BF.shape[1] - 2
+        facts_BF, drafts = self.facts_BF.tolist(), self.facts_BF.shape[1] - 2
         return [
             (
                 start,
@@ -62,7 +63,7 @@ class Verified:
                 drafted[1] if drafts > 1 else -1,
                 drafted[accepted] if self.chain and accepted < drafts else -1,
             )
-            for start, accepted, *drafted in facts
+            for start, accepted, *drafted in (facts_BF[b] for b in self.picked)
         ]
 
 
