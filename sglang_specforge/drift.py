@@ -20,7 +20,7 @@ _BASELINE = 12  # looks after them that say what is usual of a version
 _LEAST_SPREAD = 0.01  # of a look, relative: a quiet beginning is no promise
 _ALLOWED, _THRESHOLD = 0.5, 18.0  # standard deviations: of the mean, and of the sum beyond it that is a fall
 _ANCHOR = 50  # looks that what was usual counts for
-_RECOVERED, _RECENT = 0.95, 5  # share of the length before, over so many looks, that ends a move
+_RECOVERED, _RECENT = 0.95, 5  # share of the length before, over so many looks, below which a move is one, and ends
 _LONGEST_MOVE_S = 1800.0  # what has not recovered by then is what is usual now
 _REMEMBERED = 64  # looks
 
@@ -130,7 +130,7 @@ class _Level:
     def restart(self) -> None:
         self._lengths: deque[float] = deque(maxlen=_REMEMBERED)
         self._usual: tuple[float, float] | None = None  # mean and spread of the logarithm
-        self._test = PageHinkley(min_instances=1, delta=_ALLOWED, threshold=_THRESHOLD, alpha=1.0, mode="down")
+        self._test = _anchored_test()
 
     @property
     def looks(self) -> int:
@@ -160,12 +160,22 @@ class _Level:
             if self.looks == _SETTLING + _BASELINE:
                 logs = [math.log(length) for length in list(self._lengths)[_SETTLING:]]
                 self._usual = statistics.fmean(logs), max(statistics.stdev(logs), _LEAST_SPREAD)
-                for _ in range(_ANCHOR):  # the test's mean follows what it sees: a fall at once would be all it knows
-                    self._test.update(0.0)
             return None
         mean, spread = self._usual
         unusual = (math.log(self._lengths[-1]) - mean) / spread
         self._test.update(unusual)
         if unusual > -2 * _ALLOWED:
             self.calm_s = now_s
-        return self.usual if self._test.drift_detected else None
+        if not self._test.drift_detected:
+            return None
+        if self.recent < _RECOVERED * self.usual:
+            return self.usual
+        self._test = _anchored_test()  # real, but too little to matter, or not yet enough
+        return None
+
+
+def _anchored_test() -> PageHinkley:
+    test = PageHinkley(min_instances=1, delta=_ALLOWED, threshold=_THRESHOLD, alpha=1.0, mode="down")
+    for _ in range(_ANCHOR):  # its mean follows what it sees: a fall at once would be all it knows
+        test.update(0.0)
+    return test

@@ -15,17 +15,17 @@ class Server:
         self.now_s, self.version = 1000.0, 1
         self._draws, self._counts = random.Random(seed), {}
 
-    def look(self, lengths, passes=200):
+    def look(self, lengths, passes=200, noise=0.06):
         """Two seconds in which each slice (and all traffic) has this acceptance length."""
         self.now_s += LOOK_S
         for name, length in lengths.items():
             counts = self._counts.setdefault(name, {"passes": 0, "tokens": 0})
             counts["passes"] += passes
-            counts["tokens"] += round(passes * (length + self._draws.gauss(0, 0.06)))
+            counts["tokens"] += round(passes * (length + self._draws.gauss(0, noise)))
         return self.drift.look(self.version, {name: dict(counts) for name, counts in self._counts.items()})
 
-    def looks(self, count, lengths):
-        return [found for _ in range(count) for found in self.look(lengths)]
+    def looks(self, count, lengths, **about):
+        return [found for _ in range(count) for found in self.look(lengths, **about)]
 
 
 def test_a_fall_of_all_traffic_is_noticed_within_half_a_minute_and_so_is_its_end():
@@ -58,6 +58,14 @@ def test_what_a_swap_leaves_behind_is_not_taken_for_usual():
         assert server.looks(1, {ALL: length}) == []
     assert server.looks(20, {ALL: 2.8}) == []
     assert [move.name for move in server.looks(6, {ALL: 2.2})] == [ALL]
+
+
+def test_a_fall_too_small_to_matter_is_none_but_adds_up_to_one_that_is():
+    server = Server()
+    assert server.looks(30, {ALL: 2.4}, noise=0.01) == []
+    assert server.looks(60, {ALL: 2.33}, noise=0.01) == []
+    [move] = server.looks(15, {ALL: 2.2}, noise=0.01)
+    assert abs(move.before - 2.4) < 0.05
 
 
 def test_only_the_slice_that_fell_is_named():
