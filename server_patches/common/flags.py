@@ -118,6 +118,10 @@ def _refuse_contradictions(args: argparse.Namespace, settings: DraftTrainingSett
         "speculative_adaptive": "it changes draft depth by load",
         "enable_return_aux_hidden_states": "it switches speculation off",
         "enable_multi_layer_eagle": "only one-layer drafts are trained",
+        "grpc_mode": "its control service is part of the HTTP server",
+        "smg_grpc_mode": "its control service is part of the HTTP server",
+        "use_ray": "its control service is part of the HTTP server",
+        "encoder_only": "it has no target",
     }
     for name, why in refused.items():
         if getattr(args, name, False):
