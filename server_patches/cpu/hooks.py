@@ -1,5 +1,5 @@
 """Where SGLang assumes that a CPU has AMX, that CUDA wheels mean a GPU, or that CPUs have no EP, no PD, no rank that
-is idle under DP attention, and one draft depth.
+is idle under DP attention, pages of one token when they speculate, and one draft depth.
 
 Shapes: T tokens, H hidden, K experts a token, P pairs of a token and an expert of this rank.
 """
@@ -35,6 +35,7 @@ def register_hooks() -> None:
     HookRegistry.register(
         "sglang.srt.speculative.eagle_worker_v2.check_cuda_graph_backend", _no_graphs, HookType.REPLACE
     )
+    HookRegistry.register("sglang.srt.mem_cache.allocation.get_last_loc", _find_last_slots, HookType.REPLACE)
     HookRegistry.register(
         "sglang.srt.disaggregation.common.conn.CommonKVSender.__init__", _send_indices_at_once, HookType.AFTER
     )
@@ -71,6 +72,13 @@ def _rotate_some(
 ) -> Any:
     # A rank that is idle under DP attention has no rows, and those cannot be cut into heads.
     return original(rotary, positions, query, key, *args, **kwargs) if positions.numel() else (query, key)
+
+
+def _find_last_slots(req_to_token: Tensor, req_pool_indices: Tensor, prefix_lens: Tensor) -> Tensor:
+    """Of each request, as SGLang finds them where Triton is not."""
+    from sglang.srt.mem_cache.allocation import get_last_loc_torch
+
+    return get_last_loc_torch(req_to_token, req_pool_indices, prefix_lens)
 
 
 def _send_indices_at_once(result: None, sender: Any, *args: Any, **kwargs: Any) -> None:

@@ -75,6 +75,13 @@ def test_two_replicas_each_export_their_own_requests(start, reference):
     assert status["trainer"]["parity"]["agreed"] == status["trainer"]["parity"]["compared"]
 
 
+def test_pages_of_several_tokens_and_what_is_cached_of_them(start, reference):
+    expected = reference()
+    status = run_loop(start("--dtype", "float32", "--page-size", 16, training=STEADY), expected)
+    assert status["trainer"]["prefixes"]["restored_tokens"] > 0
+    assert status["trainer"]["parity"]["agreed"] == status["trainer"]["parity"]["compared"]
+
+
 def test_states_that_travel_in_fewer_bytes(start, reference):
     expected = reference()
     client = start("--dtype", "float32", NO_CACHE, training={**STEADY, "capture-dtype": "float8"})
