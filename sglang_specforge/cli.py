@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from sglang_specforge import status_view, traffic, versions_cli
 from sglang_specforge.ab.cli import app as ab_app
-from sglang_specforge.client import DEFAULT_URL, ApiKey, Unanswered, Url, ask, fail, upload_checkpoint
+from sglang_specforge.client import DEFAULT_URL, ApiKey, Unanswered, Url, ask, fail, or_fail, upload_checkpoint
 
 _COMMANDS = "sglang_specforge.commands"  # entry points; the trainer adds its own, as nothing here imports it
 _SLOW = {
@@ -106,7 +106,8 @@ def drive_traffic(
     tally = traffic.Tally()
     settings = {"concurrency": concurrency, "max_tokens": max_tokens, "temperature": temperature}
     prompts = traffic.stream_prompts(seed)
-    asyncio.run(traffic.drive(url, prompts, tally, requests=requests, api_key=api_key, **settings))
+    with or_fail():
+        asyncio.run(traffic.drive(url, prompts, tally, requests=requests, api_key=api_key, **settings))
     console.print(
         f"{tally.requests} requests, {len(tally.failures)} failed, {tally.completion_tokens} tokens, "
         f"{tally.tokens_per_s:.1f} tokens/s"

@@ -1,8 +1,11 @@
 """Asking a server that runs with draft training; commands end with an error where it does not answer as one."""
 
 import contextlib
+import functools
 import os
+import ssl
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -23,13 +26,27 @@ DEFAULT_URL = "http://127.0.0.1:30000"
 errors = Console(stderr=True)
 
 
-def authorization(api_key: str | None) -> dict[str, str]:
-    """Headers that show the server its key."""
-    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
-
-
 class Unanswered(RuntimeError):
     """A server gave no answer that can be used, or refused; the message says why, and what to do."""
+
+
+def connection(api_key: str | None) -> dict[str, Any]:
+    """httpx's arguments: the server's key, no proxy, and whom ``$SSL_CERT_FILE`` says to trust.
+
+    Raises:
+        Unanswered: that file is of no use.
+    """
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    return {"headers": headers, "trust_env": False, "verify": _authorities(os.environ.get("SSL_CERT_FILE"))}
+
+
+@functools.lru_cache(maxsize=1)
+def _authorities(file: str | None) -> ssl.SSLContext:
+    """Made once, because reading them takes longer than most requests."""
+    try:
+        return httpx.create_ssl_context()
+    except OSError as error:
+        raise Unanswered(f"SSL_CERT_FILE {file!r} cannot be used ({error}); it has to hold PEM certificates") from error
 
 
 def request(method: str, url: str, path: str, api_key: str | None, **kwargs: Any) -> httpx.Response:
@@ -39,9 +56,12 @@ def request(method: str, url: str, path: str, api_key: str | None, **kwargs: Any
         Unanswered: for anything else.
     """
     try:
-        answer = httpx.request(method, url + path, headers=authorization(api_key), trust_env=False, **kwargs)
+        answer = httpx.request(method, url + path, **connection(api_key), **kwargs)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise Unanswered(f"{url} does not answer ({error}); is the server up, and its address right?") from error
+        what_to_do = "is the server up, and its address right?"
+        if "CERTIFICATE_VERIFY_FAILED" in str(error):
+            what_to_do = "set SSL_CERT_FILE to a file with the certificate of whom to trust"
+        raise Unanswered(f"{url} does not answer ({error}); {what_to_do}") from error
     if answer.status_code == 404 and refusal(answer) in (None, "Not Found"):
         raise Unanswered(f"the server at {url} runs without --enable-draft-training")
     if answer.status_code in (401, 403):
@@ -71,10 +91,8 @@ def accepted(method: str, url: str, path: str, api_key: str | None, **kwargs: An
 
 def ask(method: str, url: str, path: str, api_key: str | None, **kwargs: Any) -> httpx.Response:
     """``request`` of a command, which ends with exit code 2 where there is no answer, and with 1 at a refusal."""
-    try:
+    with or_fail():
         answer = request(method, url, path, api_key, **kwargs)
-    except Unanswered as error:
-        fail(str(error))
     if (why := refusal(answer)) is not None:
         fail(why, code=1)
     return answer
@@ -134,6 +152,15 @@ def wait_until_captured(url: str, api_key: str | None = None, limit_s: float = 3
 
 def _status(url: str, api_key: str | None) -> dict[str, Any]:
     return request("GET", url, "/draft/status", api_key, timeout=30).json()
+
+
+@contextlib.contextmanager
+def or_fail() -> Iterator[None]:
+    """Of a command that a server has to answer."""
+    try:
+        yield
+    except Unanswered as error:
+        fail(str(error))
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

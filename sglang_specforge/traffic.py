@@ -12,7 +12,7 @@ from typing import Literal
 
 import httpx
 
-from sglang_specforge.client import authorization
+from sglang_specforge.client import connection
 
 # Folders of the standard library whose text is data or fixtures rather than code.
 _SKIPPED_FOLDERS = {"test", "tests", "site-packages", "encodings", "idlelib", "lib2to3", "pydoc_data", "__pycache__"}
@@ -78,7 +78,6 @@ async def drive(
     api_key: str | None = None,
 ) -> None:
     """Keep ``concurrency`` chat requests running, until ``requests`` were started or the task is cancelled."""
-    headers = authorization(api_key)
     left = iter(range(requests)) if requests is not None else None
 
     async def work(client: httpx.AsyncClient) -> None:
@@ -100,7 +99,7 @@ async def drive(
 
     limits = httpx.Limits(max_connections=concurrency)
     async with (
-        httpx.AsyncClient(base_url=url, headers=headers, timeout=_TIMEOUT_S, limits=limits, trust_env=False) as client,
+        httpx.AsyncClient(base_url=url, timeout=_TIMEOUT_S, limits=limits, **connection(api_key)) as client,
         asyncio.TaskGroup() as workers,
     ):
         for _ in range(concurrency):

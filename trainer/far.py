@@ -10,7 +10,7 @@ import httpx
 import zmq
 
 from sglang_specforge.checkpoint import noted_content
-from sglang_specforge.client import COPY_LIMIT_S, Unanswered, authorization, refusal, request, upload_checkpoint
+from sglang_specforge.client import COPY_LIMIT_S, Unanswered, connection, refusal, request, upload_checkpoint
 from sglang_specforge.contracts.control import VersionReady
 from sglang_specforge.curve import Door, Identity
 from sglang_specforge.pull import Puller
@@ -90,7 +90,7 @@ class Far:
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("model.safetensors", "config.json"):
             url = f"{self._url}/draft/versions/{version}/{name}"
-            told = {"headers": authorization(self._api_key), "timeout": COPY_LIMIT_S, "trust_env": False}
+            told = {"timeout": COPY_LIMIT_S, **connection(self._api_key)}
             try:
                 with httpx.stream("GET", url, **told) as answer, (folder / name).open("wb") as file:
                     answer.raise_for_status()

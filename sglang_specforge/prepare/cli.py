@@ -16,7 +16,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from sglang_specforge.client import ApiKey, fail
+from sglang_specforge.client import ApiKey, fail, or_fail
 from sglang_specforge.new_draft import coverage
 from sglang_specforge.prepare.conversations import Layout, Skipped, read_rows, to_messages
 from sglang_specforge.prepare.regenerate import Regenerator
@@ -56,7 +56,8 @@ def prepare_data(
         fail(f"--min-tokens {min_tokens} is more than --max-tokens {max_tokens}: no sequence could be written")
     chat = ChatTokens(_load_tokenizer(tokenizer), loss_on)
     kept = out.with_name(out.name + ".answers.jsonl")
-    regenerator = Regenerator(regenerate, api_key, kept, max_new_tokens, temperature) if regenerate else None
+    with or_fail():
+        regenerator = Regenerator(regenerate, api_key, kept, max_new_tokens, temperature) if regenerate else None
     work = Preparation(chat, layout, (min_tokens, max_tokens), regenerator)
     try:
         rows = (row for source in sources for row in read_rows(source, split))

@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import numpy as np
 
-from sglang_specforge.client import authorization
+from sglang_specforge.client import connection
 from sglang_specforge.prepare.conversations import Skipped
 
 _TIMEOUT_S = 600.0
@@ -19,7 +19,7 @@ class Regenerator:
 
     def __init__(self, url: str, api_key: str | None, kept: Path, max_new_tokens: int, temperature: float) -> None:
         self._sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-        self._client = httpx.Client(base_url=url, headers=authorization(api_key), timeout=_TIMEOUT_S, trust_env=False)
+        self._client = httpx.Client(base_url=url, timeout=_TIMEOUT_S, **connection(api_key))
         self._known = _read(kept)
         self.kept_before = len(self._known)
         self._lock = threading.Lock()

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import torch
 
-from sglang_specforge.client import authorization, wait_until_captured
+from sglang_specforge.client import connection, wait_until_captured
 from sglang_specforge.contracts.control import TokenLedger
 from sglang_specforge.contracts.frames import Expected
 from sglang_specforge.prepared import Prepared
@@ -67,7 +67,7 @@ class Capture:
         self._alias = run.alias
         assembler = Assembler(ledger, _LONGEST, dtype=getattr(torch, run.served_dtype))
         self._inbox = Inbox(run.spans_endpoint, assembler, ledger, expected)
-        self._client = httpx.Client(base_url=url, headers=authorization(api_key), timeout=_TIMEOUT_S, trust_env=False)
+        self._client = httpx.Client(base_url=url, timeout=_TIMEOUT_S, **connection(api_key))
         self._under_way: dict[str, _Sent] = {}  # by the request's alias
         self._again: list[_Sent] = []
 
