@@ -123,6 +123,11 @@ def _refuse_contradictions(args: argparse.Namespace, settings: DraftTrainingSett
         "use_ray": "its control service is part of the HTTP server",
         "encoder_only": "it has no target",
     }
+    if getattr(args, "load_format", None) == "dummy":
+        raise SettingsError(
+            "--enable-draft-training does not go with --load-format dummy: the trainer reads the target's head from "
+            "the model's folder, and a draft for random weights is of no use"
+        )
     for name, why in refused.items():
         if getattr(args, name, False):
             raise SettingsError(f"--enable-draft-training does not go with --{name.replace('_', '-')}: {why}")

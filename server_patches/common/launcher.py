@@ -13,10 +13,12 @@ def register_flag_hooks() -> None:
 
 
 def apply_run_hooks() -> None:
-    """Of a run: status routes, control service and trainer, around the HTTP server's life; headers."""
-    from server_patches.common import consent, http
-    from server_patches.common.seams import HTTP, MANAGER
+    """Of a run: status routes, control service and trainer, around the HTTP server's life; headers; a fixed target."""
+    from server_patches.common import consent, fixed_target, http
+    from server_patches.common.seams import HTTP, MANAGER, UPDATES
 
     HookRegistry.register(f"{MANAGER}.generate_request", consent.take_headers, HookType.BEFORE)
     HookRegistry.register(f"{HTTP}.launch_server", http.launch_with_draft_training, HookType.AROUND)
+    for name in UPDATES:
+        HookRegistry.register(f"{MANAGER}.{name}", fixed_target.refusal_of(name), HookType.AROUND)
     HookRegistry.apply_hooks()

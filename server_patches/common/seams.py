@@ -21,6 +21,14 @@ SWITCHED = "drafting on and off"
 POLICY = ("candidate_steps", "set_cuda_graph_bs", "get_steps_for_batch", "on_verify_complete", "cuda_graph_bs_for_step")
 STATES = "read: captured states"
 
+# Ways to change the target's weights, and how many values each answers with.
+UPDATES = {
+    "update_weights_from_disk": 3,
+    "update_weights_from_distributed": 2,
+    "update_weights_from_tensor": 2,
+    "update_weights_from_ipc": 2,
+}
+
 COMMON: tuple[Seam, ...] = (
     Target("sglang.srt.server_args.ServerArgs.add_cli_args", ("parser",), "AFTER: the flags"),
     Target("sglang.srt.server_args.ServerArgs.from_cli_args", ("args",), "BEFORE: a run, or nothing"),
@@ -29,6 +37,7 @@ COMMON: tuple[Seam, ...] = (
     Target(f"{MANAGER}.generate_request", ("self", "obj", "request"), "BEFORE: what headers say of a request"),
     Target(f"{MANAGER}.set_internal_state", ("self", "obj"), f"called: {CONTROL}"),
     Target(f"{MANAGER}.get_internal_state", ("self",), "called: what the ranks say"),
+    *(Target(f"{MANAGER}.{name}", ("self", "obj"), "AROUND: refused, the target is fixed") for name in UPDATES),
     Target(f"{WORKER}.__init__", ("self", "server_args", "target_worker"), "AFTER: exporter and bank"),
     Target(f"{WORKER}.verify", ("self", "batch"), "AFTER: captures accepted tokens, counts acceptance"),
     Members(f"{WORKER}", ("target_worker", "draft_worker", "device"), "read: target and draft"),

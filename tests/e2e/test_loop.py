@@ -17,7 +17,15 @@ from safetensors.torch import load_file, save_file
 
 from sglang_specforge.checkpoint import FINGERPRINT_KEY
 from sglang_specforge.versions import VersionFolder
-from tests.e2e.conftest import TRAINING, assert_every_token_is_accounted_for, outputs, prompts, settled, wait_for
+from tests.e2e.conftest import (
+    TARGET,
+    TRAINING,
+    assert_every_token_is_accounted_for,
+    outputs,
+    prompts,
+    settled,
+    wait_for,
+)
 
 QUICK = {**TRAINING, "publish-every-s": 2, "replay-tokens": 20000}
 
@@ -115,6 +123,22 @@ def test_a_bad_checkpoint_is_refused_and_serving_goes_on(client, reference, tmp_
     assert refused
     assert str(status["draft"]["active_version"]) not in refused
     assert outputs(client.generate_all(prompts(6))) == reference()[:6]
+
+
+@pytest.mark.parametrize(
+    ("way", "body"),
+    [
+        ("disk", {"model_path": str(TARGET)}),
+        ("tensor", {"serialized_named_tensors": [""]}),
+        ("distributed", {"names": ["lm_head.weight"], "dtypes": ["float32"], "shapes": [[1, 1]]}),
+        ("ipc", {"zmq_handles": {}}),
+    ],
+)
+def test_the_target_that_a_draft_is_trained_for_keeps_its_weights(client, reference, way, body):
+    answer = client.post(f"/update_weights_from_{way}", json=body)
+    assert answer.status_code == 400
+    assert f"update_weights_from_{way} is refused under --enable-draft-training" in answer.json()["message"]
+    assert outputs(client.generate_all(prompts(4), tokens=48)) == reference()[:4]
 
 
 def test_a_good_checkpoint_is_swapped_in_over_http(client):
