@@ -40,6 +40,25 @@ def check_run_folder(settings: TrainingSettings) -> None:
     _try_folder("run_dir", settings.run_dir, make=True)
 
 
+def check_device(settings: TrainingSettings, processes: int) -> None:
+    """``processes``: of the trainer on this machine.
+
+    Raises:
+        SettingsError: this machine lacks a GPU that is asked for.
+    """
+    kind, _, index = settings.trainer_device.partition(":")
+    if kind == "cpu":
+        return
+    from torch import cuda
+
+    needed, there = processes if processes > 1 else int(index or 0) + 1, cuda.device_count()
+    if needed > there:
+        raise SettingsError(
+            f"draft training setting 'trainer_device' = {settings.trainer_device!r}, for {processes} process(es), "
+            f"needs {needed} GPU(s), and torch finds {there} here; give cpu, or one that is there"
+        )
+
+
 def _try_folder(setting: str, folder: Path, make: bool = False) -> None:
     try:
         if make:

@@ -13,12 +13,20 @@ import torch.distributed as dist
 from sglang_specforge.checkpoint import CheckpointError
 from sglang_specforge.client import Unanswered
 from sglang_specforge.new_draft import RECIPES, coverage, import_draft, init_draft
-from sglang_specforge.settings import OnlineSettings, Run, Settings, SettingsError, check_run_folder, load_settings
+from sglang_specforge.settings import (
+    OnlineSettings,
+    Run,
+    Settings,
+    SettingsError,
+    check_device,
+    check_run_folder,
+    load_settings,
+)
 from sglang_specforge.settings_flags import add_settings_flags, given_settings
 from sglang_specforge.shared_memory import SegmentRefused
 from sglang_specforge.sockets import EndpointTaken
 from sglang_specforge.target import TargetError, fingerprint_target, load_target_config, resolve_target
-from sglang_specforge.training_settings import Job
+from sglang_specforge.training_settings import Job, TrainingSettings
 from sglang_specforge.versions import VersionFolder
 from trainer.attach import AttachSettings, CannotAttach, attach
 from trainer.learner import Learner
@@ -64,7 +72,7 @@ def train_for(run: Run) -> None:
 def train_attached(settings: AttachSettings, api_key: str | None) -> None:
     """Until SIGTERM or SIGINT; servers may come and go."""
     stopped = stop_signal()
-    check_run_folder(settings)
+    _check_machine(settings)
     with process_group(settings) as device:
         job, servers = attach(settings, api_key)
         _train_online(job, settings, servers, device, stopped)
@@ -83,7 +91,7 @@ def _train_online(
 def train_offline(settings: OfflineSettings) -> None:
     """Until the epochs or steps are done, or SIGTERM or SIGINT comes."""
     stopped = stop_signal()
-    check_run_folder(settings)
+    _check_machine(settings)
     with process_group(settings) as device:
         target = resolve_target(str(settings.target or Manifest.load(settings.data).target_path))
         samples = StoredSamples(settings.data, fingerprint_target(target))
@@ -103,6 +111,11 @@ def train_offline(settings: OfflineSettings) -> None:
         position = progress and progress.position
         source = OfflineSource(settings, samples, split, position, _trackers(job, learner), learner.step)
         Trainer(job, learner, source, stopped, progress and progress.best_acceptance_length).run()
+
+
+def _check_machine(settings: TrainingSettings) -> None:
+    check_run_folder(settings)
+    check_device(settings, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def _starting_draft(settings: OfflineSettings, target: Path, samples: StoredSamples) -> Path:

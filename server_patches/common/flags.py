@@ -13,7 +13,14 @@ from server_patches.supported import check
 from server_patches.targets import IncompatibleSGLang
 from sglang_specforge.checkpoint import FINGERPRINT_KEY, CheckpointError, load_config
 from sglang_specforge.new_draft import import_draft, init_draft
-from sglang_specforge.settings import DraftTrainingSettings, Run, SettingsError, check_run_folder, load_settings
+from sglang_specforge.settings import (
+    DraftTrainingSettings,
+    Run,
+    SettingsError,
+    check_device,
+    check_run_folder,
+    load_settings,
+)
 from sglang_specforge.settings_flags import add_settings_flags, flag_of, given_settings
 from sglang_specforge.sockets import make_socket_folder
 from sglang_specforge.target import TargetError, fingerprint_target, load_target_config, resolve_target
@@ -46,6 +53,7 @@ def consume_flags(cls: type, args: argparse.Namespace) -> None:
             check_run_folder(settings)
             if settings.trainer == "spawn":
                 settings.check_spill()
+                check_device(settings, settings.trainer_processes)
             _start_run(args, settings.with_absolute_folders())  # others read them, from folders of their own
         elif given or file:
             flags = ", ".join(flag_of(DraftTrainingSettings, name, _PREFIX) for name in ([*given] or ["config"]))
