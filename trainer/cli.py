@@ -110,6 +110,8 @@ def train_offline(settings: OfflineSettings) -> None:
         progress = Checkpoints(job).resume(learner)
         position = progress and progress.position
         source = OfflineSource(settings, samples, split, position, _trackers(job, learner), learner.step)
+        if source.is_finished() and dist.get_rank() == 0:
+            print(f"run folder {settings.run_dir} is done, at step {learner.step}; more --epochs or --max-steps go on")
         Trainer(job, learner, source, stopped, progress and progress.best_acceptance_length).run()
 
 

@@ -138,7 +138,7 @@ def flags(run_dir, data, **more):
 
 def start(*arguments, launcher=()):
     command = [sys.executable, "-m", *launcher, "trainer", *arguments]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    return subprocess.Popen(command, stderr=subprocess.STDOUT, stdout=subprocess.PIPE, text=True)
 
 
 def losses(run_dir):
@@ -156,9 +156,11 @@ def test_killed_and_resumed_gives_the_losses_of_not_having_stopped(tmp_path, dat
     assert first.returncode == -signal.SIGKILL
     saved = [int(p.name) for p in (tmp_path / "killed" / "checkpoints").iterdir() if p.name.isdigit()]
     resumed = start(*flags(tmp_path / "killed", data, max_steps=60))
-    _, said = resumed.communicate(timeout=120)
+    said, _ = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, said
     assert f"resumed from step {max(saved)}" in said
+    said, _ = (again := start(*flags(tmp_path / "killed", data, max_steps=60))).communicate(timeout=120)
+    assert (again.returncode, "is done, at step 60" in said) == (0, True), said
     expected = losses(tmp_path / "straight")
     assert list(expected) == list(range(1, 61))
     assert losses(tmp_path / "killed") == expected
@@ -174,7 +176,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path, data, options):
     main(flags(tmp_path / "one", data, max_steps=25, **options))
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     both = start(*flags(tmp_path / "two", data, max_steps=25, **options), launcher=torchrun)
-    _, said = both.communicate(timeout=240)
+    said, _ = both.communicate(timeout=240)
     assert both.returncode == 0, said
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert list(one) == list(two) == list(range(1, 26))
