@@ -99,6 +99,8 @@ class _Served:
             self.is_counted, self.refusal = False, "health_check"
         elif req.lora_id is not None:
             self.refusal = "adapter"  # what an adapter computes is not the target's
+        elif req.multimodal_inputs is not None or req.input_embeds is not None:
+            self.refusal = "not_text"  # its tokens are not what the target read
         elif said.get(OPT_KEY) is False:
             self.refusal = "opted_out"
         elif label in run.settings.capture_deny:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.e2e.conftest import (
     TARGET,
@@ -94,10 +95,19 @@ def test_bf16_from_a_draft_made_by_hand(start, tmp_path):
     made = [sys.executable, "-m", "sglang_specforge", "init-draft", TARGET, tmp_path / "draft", "--seed", "7"]
     subprocess.run(made, check=True, timeout=120)
     given = ["--speculative-draft-model-path", tmp_path / "draft"]
-    status = run_loop(start("--dtype", "bfloat16", NO_CACHE, *given, training=STEADY))
+    client = start("--dtype", "bfloat16", NO_CACHE, *given, training=STEADY)
+    status = run_loop(client)
     assert status["draft"]["started_from"].endswith("versions/given")
     parity = status["trainer"]["parity"]
     assert parity["agreed"] >= 0.99 * parity["compared"]
+
+    # SGLang takes embeddings in bfloat16 alone.
+    embed_VH = load_file(TARGET / "model.safetensors")["model.embed_tokens.weight"]
+    body = {"input_embeds": embed_VH[20:60].tolist(), "sampling_params": {"max_new_tokens": 24, "ignore_eos": True}}
+    assert client.post("/generate", json=body).status_code == 200
+    after = settled(client)
+    assert after["export"][0]["requests"]["left_out"]["not_text"] == 1
+    assert after["tokens"]["captured"] == status["tokens"]["captured"]
 
 
 @pytest.fixture(scope="module")

@@ -71,6 +71,21 @@ def test_answers_under_a_grammar_are_captured(client, accounted):
     assert accounted() >= answer["meta_info"]["prompt_tokens"] + answer["meta_info"]["completion_tokens"] - 1
 
 
+def test_log_probabilities_come_with_captured_answers(client, accounted):
+    answer = client.generate("A number", 24, ignore_eos=True)
+    asked = client.post(
+        "/generate",
+        json={
+            "text": "A number", "return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 2,
+            "sampling_params": {"max_new_tokens": 24, "temperature": 0, "ignore_eos": True},
+        },
+    ).json()  # fmt: skip
+    assert asked["text"] == answer["text"]
+    assert len(asked["meta_info"]["output_token_logprobs"]) == 24
+    assert len(asked["meta_info"]["input_token_logprobs"]) == asked["meta_info"]["prompt_tokens"]
+    assert accounted() >= 2 * (asked["meta_info"]["prompt_tokens"] + 23)
+
+
 def test_streams_that_clients_leave_are_closed_and_counted(client, accounted):
     def leave(i):
         body = {
