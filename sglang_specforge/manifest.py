@@ -15,6 +15,7 @@ class Manifest(msgspec.Struct, kw_only=True):
     """Written by the server alone; the trainer reads what it must not delete."""
 
     active: int = 0
+    first: str = "initial"  # folder of version 0, the draft that a server started with before there were others
     earlier: list[int] = []  # versions that were active before, the latest last
     pinned: list[int] = []  # arms of an A/B
     added: list[int] = []  # by hand, the latest last

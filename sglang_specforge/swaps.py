@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from sglang_specforge.audit import AuditLog
+from sglang_specforge.checkpoint import CheckpointError
 from sglang_specforge.manifest import Manifest, Mode
 from sglang_specforge.settings import Run
 from sglang_specforge.uploads import Uploads
@@ -71,6 +72,10 @@ class Swaps:
         self._changing = asyncio.Lock()
         if self._manifest.active != run.draft_version:
             self._manifest.activated(run.draft_version)
+        if run.draft_version:
+            self._number_the_first()
+        else:
+            self._manifest.first = Path(run.draft_path).name
         self._manifest.earlier = [v for v in self._manifest.earlier if v in self.known_versions()]
         self._manifest.pinned, self._manifest.moved = [], {}
         self._note()
@@ -216,6 +221,20 @@ class Swaps:
         if not all("draft_training" in state for state in states):
             raise NotAttached("a scheduler runs without draft training: its plugin did not load; see the server's log")
         return [state["draft_training"] for state in states]
+
+    def _number_the_first(self) -> None:
+        """To a server that starts with a later version, 0 is no draft any more: what it was, is given a number."""
+        first = self.versions.root / self._manifest.first
+        if 0 not in self._manifest.earlier:
+            return
+        try:
+            number = self.versions.adopt(first, self._run.settings.keep_versions)
+        except CheckpointError as error:
+            logger.error("draft training: version 0 cannot be gone back to: %s", error)
+            return
+        self._manifest.earlier = [number if version == 0 else version for version in self._manifest.earlier]
+        self._manifest.keep(number)
+        self.audit.write("added", "server", version=number, path=first)
 
     async def _show(self, orders: dict[str, int], more: dict[str, int]) -> None:
         shown = sorted(set(orders.values()))

@@ -239,6 +239,12 @@ def test_a_restarted_server_serves_what_was_rolled_back_to(client, drafts):
     assert [str(half) in line for line in shown if "active" in line] == [True]
     assert events(client, "activated")[-1]["why"] == "again"
 
+    numbered = events(client, "added")[-1]
+    assert (numbered["who"], numbered["path"].rsplit("/", 1)[1]) == ("server", "initial")
+    command(client, "rollback", "--to", numbered["version"])
+    client.generate_all(prompts(8))
+    assert client.status()["acceptance_by_version"][str(numbered["version"])]["length"] < 1.2  # as of a random draft
+
 
 def test_prometheus_has_series_by_version(client, drafts):
     version = add(client, drafts[0])

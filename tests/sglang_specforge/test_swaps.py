@@ -1,9 +1,11 @@
 """All ranks change to a version or none does; who may change it; what is written down."""
 
 import asyncio
+import shutil
 
 import pytest
 
+from sglang_specforge.checkpoint import content_of
 from sglang_specforge.manifest import Manifest
 from sglang_specforge.new_draft import init_draft
 from sglang_specforge.settings import Run
@@ -86,6 +88,26 @@ def test_a_version_is_activated_rolled_back_and_the_log_tells(run, drafts):
         )
         restarted = Manifest.load(swaps.versions.root)
         assert (restarted.active, restarted.gate) == (first, "propose")
+
+    asyncio.run(story())
+
+
+def test_a_restarted_server_goes_back_to_the_draft_that_the_first_one_started_with(run, drafts):
+    initial = shutil.copytree(run.draft_path, run.run_dir / "versions" / "initial")
+    run = run.model_copy(update={"draft_path": str(initial)})
+
+    async def story():
+        swaps = Swaps(run, Groups())
+        later = await swaps.add(drafts[0], "me")
+        await swaps.activate(later, "me")
+        for _ in range(2):  # once more: it has its number already
+            begun_later = {"draft_version": later, "draft_path": str(swaps.path(later))}
+            swaps = Swaps(run.model_copy(update=begun_later), Groups(active=later))
+            assert swaps.known_versions() == [later, later + 1]
+        change = await swaps.roll_back("me")
+        assert change == (later, later + 1)
+        assert content_of(swaps.path(change.version)) == content_of(initial)
+        assert events(swaps) == ["added", "activated", "added", "rolled_back", "gate"]
 
     asyncio.run(story())
 
