@@ -46,7 +46,7 @@ class ControlService:
         self.swaps = Swaps(run, engine)
         windows = Windows(self.swaps)
         self.experiments, self.part = Experiments(self.swaps, windows, run.run_dir / "ab"), Part(self.swaps, windows)
-        self.drafting = Governor(self.swaps, engine, run.settings.drafting)
+        self.drafting = Governor(self.swaps, engine, fixed=run.settings.drafting == "always")
         self._run, self._engine = run, engine
         self._supervisor = TrainerSupervisor(run) if run.settings.trainer == "spawn" else None
         self._heartbeat = control.Heartbeat()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import Any, NamedTuple
 
-from sglang_specforge.settings import Drafting
+from sglang_specforge.manifest import Drafting
 from sglang_specforge.swaps import Engine, NotAttached, Swaps
 
 logger = logging.getLogger(__name__)
@@ -50,12 +50,10 @@ class Trial(NamedTuple):
 
 
 class Governor:
-    """Decides for all ranks of one server."""
+    """Decides for all ranks of one server; ``fixed``: always to draft."""
 
-    def __init__(self, swaps: Swaps, engine: Engine, mode: Drafting) -> None:
-        self.mode = mode
-        self._swaps, self._engine = swaps, engine
-        self._fixed = mode == "always"
+    def __init__(self, swaps: Swaps, engine: Engine, fixed: bool = False) -> None:
+        self._swaps, self._engine, self._fixed = swaps, engine, fixed
         self._resting = Depth.ON if self._fixed else Depth.WARM  # between trials
         self._depth = self._resting  # that the schedulers were told last
         self._last: Trial | None = None
@@ -63,6 +61,10 @@ class Governor:
         self._due_s = time.monotonic() + _WARM_UP_S
         self._version: int | None = None
         self._promised: float | None = None
+
+    @property
+    def mode(self) -> Drafting:
+        return "always" if self._fixed else self._swaps.drafting
 
     def status(self) -> dict[str, Any]:
         return {
@@ -79,16 +81,14 @@ class Governor:
         return self.mode == "always" or (self.mode == "auto" and self._resting is Depth.ON)
 
     def set_mode(self, mode: Drafting, who: str, why: str = "") -> None:
-        """From now on, until the server ends.
+        """From now on, and after restarts.
 
         Raises:
             DraftingFixed: the server always drafts.
         """
         if self._fixed and mode != "always":
             raise DraftingFixed("this server always drafts; start it with --draft-drafting auto, or never")
-        if mode != self.mode:
-            self._swaps.audit.write("drafting_mode", who, before=self.mode, mode=mode, why=why)
-        self.mode = mode
+        self._swaps.set_drafting(mode, who, why)
 
     async def run(self, promised: Callable[[], float | None]) -> None:
         """Until cancelled. ``promised()``: the active version's acceptance length on held-out samples, if known."""

@@ -8,6 +8,7 @@ import msgspec
 from sglang_specforge.drafts import CheckpointError
 
 Mode = Literal["auto", "propose", "off"]  # of the gate
+Drafting = Literal["always", "auto", "never"]
 _REMEMBERED = 16  # of those that were active, and of those that were added
 
 
@@ -21,6 +22,7 @@ class Manifest(msgspec.Struct, kw_only=True):
     added: list[int] = []  # by hand, the latest last
     moved: dict[str, float] = {}  # slices ("": all) whose traffic changed, and when, in seconds of the epoch
     gate: Mode | None = None  # chosen while the server ran; None: as it was started
+    drafting: Drafting | None = None  # likewise
 
     @property
     def in_use(self) -> set[int]:

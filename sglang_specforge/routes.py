@@ -26,9 +26,9 @@ from sglang_specforge.ab.windows import NotCounted
 from sglang_specforge.checkpoint import CheckpointError
 from sglang_specforge.control import ControlService
 from sglang_specforge.drafting import DraftingFixed
-from sglang_specforge.manifest import Mode
+from sglang_specforge.manifest import Drafting, Mode
 from sglang_specforge.reader import LEASE_S, Reader, ReaderHeld
-from sglang_specforge.settings import Drafting, Run
+from sglang_specforge.settings import Run
 from sglang_specforge.swaps import Change, DraftHeld, NotAttached, SwapRefused, UnknownVersion
 
 _STATUS = {

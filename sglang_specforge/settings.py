@@ -17,12 +17,11 @@ from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from sglang_specforge.contracts.spans import Travel
 from sglang_specforge.engine_address import EngineAddress
-from sglang_specforge.manifest import Mode
+from sglang_specforge.manifest import Drafting, Mode
 from sglang_specforge.training_settings import Job, TrainingSettings, split
 
 RUN_VARIABLE = "SGLANG_SPECFORGE_RUN"
 SERVER_PID_VARIABLE = "SGLANG_SPECFORGE_SERVER_PID"  # of the server that started a trainer
-Drafting = Literal["always", "auto", "never"]
 BankPlace = Literal["device", "host"]
 Settings = TypeVar("Settings", bound=TrainingSettings)
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from sglang_specforge.audit import AuditLog
 from sglang_specforge.checkpoint import CheckpointError
-from sglang_specforge.manifest import Manifest, Mode
+from sglang_specforge.manifest import Drafting, Manifest, Mode
 from sglang_specforge.settings import Run
 from sglang_specforge.uploads import Uploads
 from sglang_specforge.versions import VersionFolder
@@ -85,6 +85,10 @@ class Swaps:
         return self._manifest.gate or self._run.settings.gate
 
     @property
+    def drafting(self) -> Drafting:
+        return self._manifest.drafting or self._run.settings.drafting
+
+    @property
     def active(self) -> int:
         """In service but for an A/B, whose windows do not count."""
         return self._manifest.active
@@ -99,6 +103,13 @@ class Swaps:
         if mode != self.gate:
             self.audit.write("gate", who, before=self.gate, mode=mode, why=why)
         self._manifest.gate = mode
+        self._note()
+
+    def set_drafting(self, mode: Drafting, who: str, why: str = "") -> None:
+        """Whether steps draft, from now on and after restarts."""
+        if mode != self.drafting:
+            self.audit.write("drafting_mode", who, before=self.drafting, mode=mode, why=why)
+        self._manifest.drafting = mode
         self._note()
 
     def set_moved(self, moved: dict[str, float]) -> None:

@@ -8,8 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sglang_specforge.client import DEFAULT_URL, ApiKey, Url, ask
-from sglang_specforge.manifest import Mode
-from sglang_specforge.settings import Drafting
+from sglang_specforge.manifest import Drafting, Mode
 
 Why = Annotated[str, typer.Option(help="Reason, for the audit log.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the server's answer as it is.")]

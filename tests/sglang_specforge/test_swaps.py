@@ -86,8 +86,10 @@ def test_a_version_is_activated_rolled_back_and_the_log_tells(run, drafts):
             swaps.audit.last(2)[0].items()
             >= {"who": "me", "before": 2, "version": 1, "why": "worse", "step": 5}.items()
         )
+        swaps.set_drafting("never", "me")
+        assert events(swaps)[-1] == "drafting_mode"
         restarted = Manifest.load(swaps.versions.root)
-        assert (restarted.active, restarted.gate) == (first, "propose")
+        assert (restarted.active, restarted.gate, restarted.drafting) == (first, "propose", "never")
 
     asyncio.run(story())
 
