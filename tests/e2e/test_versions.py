@@ -435,13 +435,14 @@ def two_ranks(start, drafts, monkeypatch):
 
 def test_output_is_the_target_s_through_200_swaps_an_ab_and_a_rollback_of_two_ranks(two_ranks, drafts, reference):
     versions = [add(two_ranks, draft) for draft in drafts]
-    plan = {"arms": versions, "window_s": 0.5, "min_passes": 20, "max_blocks": 3}
+    # The hardly trained one is right once in about a hundred passes: enough of them for both arms to be above 1.
+    plan = {"arms": versions, "window_s": 0.5, "min_passes": 200, "max_blocks": 3}
     with load(two_ranks, reference()):
         swap_200_times(two_ranks, versions)
         assert active(two_ranks) == versions[1]
         id = two_ranks.post("/draft/ab", json=plan).json()["id"]
         ended = wait_for("a verdict", lambda: (r := two_ranks.get(f"/draft/ab/{id}").json())["state"] == "ended" and r)
-        assert all(arm["acceptance_length"] >= 1 for arm in ended["arms"])  # each had turns; one is hardly ever right
+        assert all(arm["acceptance_length"] > 1 for arm in ended["arms"])
         assert active(two_ranks) == versions[1]
         assert two_ranks.post("/draft/rollback", json={}).json()["version"] == versions[0]
     assert active(two_ranks) == versions[0]
