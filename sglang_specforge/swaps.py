@@ -235,9 +235,9 @@ class Swaps:
 
     def _number_the_first(self) -> None:
         """To a server that starts with a later version, 0 is no draft any more: what it was, is given a number."""
-        first = self.versions.root / self._manifest.first
         if 0 not in self._manifest.earlier:
             return
+        first = self.versions.root / self._manifest.first
         try:
             number = self.versions.adopt(first, self._run.settings.keep_versions)
         except CheckpointError as error:

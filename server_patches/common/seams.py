@@ -63,15 +63,9 @@ COMMON: tuple[Seam, ...] = (
         f"{BATCH}.Req.__init__", ("self", "rid", "origin_input_ids", "sampling_params", "lora_id"), "read: the request"
     ),
     Members(
-        f"{BATCH}.Req",
-        ("cached_tokens", "finished", "finished_reason", "output_ids_through_stop"),
-        "read: likewise",
+        f"{BATCH}.Req", ("cached_tokens", "finished", "finished_reason", "output_ids_through_stop"), "read: likewise"
     ),
-    Members(
-        f"{BATCH}.Req",
-        ("input_embeds", "multimodal_inputs"),
-        "read: whether it is all tokens",
-    ),
+    Members(f"{BATCH}.Req", ("input_embeds", "multimodal_inputs"), "read: whether it is all tokens"),
     Symbol(f"{BATCH}.FINISH_ABORT", "compared: how a request ended"),
     Target("sglang.srt.sampling.sampling_params.SamplingParams", ("custom_params",), "read: what a request says"),
     Members(f"{SCHEDULER}", ("forward_ct",), "read: the step of a swap"),

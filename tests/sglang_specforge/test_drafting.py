@@ -24,6 +24,7 @@ class Server:
 
     def set_drafting(self, mode, who, why):
         self.drafting = mode
+        self.events.append(f"drafting_mode {mode}")
 
     async def set_state(self, draft_training_drafting):
         self.depth = Depth(draft_training_drafting)
@@ -139,6 +140,7 @@ def test_the_mode_can_be_changed_where_the_server_can_switch_drafting_off():
     govern(server, lambda _: server.depth is Depth.ON, governor=governor)
     governor.set_mode("never", "me")
     govern(server, lambda _: server.depth is Depth.ASLEEP, governor=governor)
+    assert server.events[-2:] == ["drafting_mode always", "drafting_mode never"]
     with pytest.raises(DraftingFixed, match="--draft-drafting auto"):
         Governor(server, server, fixed=True).set_mode("never", "me")
 
