@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from sglang_specforge import status_view, traffic, versions_cli
 from sglang_specforge.ab.cli import app as ab_app
-from sglang_specforge.client import DEFAULT_URL, ApiKey, Unanswered, Url, ask, fail, or_fail, upload_checkpoint
+from sglang_specforge.client import DEFAULT_URL, ApiKey, Url, ask, fail, or_fail, upload_checkpoint
 
 _COMMANDS = "sglang_specforge.commands"  # entry points; the trainer adds its own, as nothing here imports it
 _SLOW = {
@@ -84,10 +84,8 @@ def swap(
     """Put a draft checkpoint into the live server. A trainer's better version replaces it."""
     path = str(checkpoint.absolute())
     if upload:
-        try:
+        with or_fail():
             path = upload_checkpoint(url, api_key, checkpoint)
-        except (Unanswered, OSError) as error:
-            fail(str(error))
     answer = ask("POST", url, "/draft/versions", api_key, json={"path": path}, timeout=180)
     console.print(f"version {answer.json()['version']} is active")
 

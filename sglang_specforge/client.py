@@ -156,10 +156,10 @@ def _status(url: str, api_key: str | None) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def or_fail() -> Iterator[None]:
-    """Of a command that a server has to answer."""
+    """Of a command that a server has to answer, and files have to be there for: ends it with exit code 2."""
     try:
         yield
-    except Unanswered as error:
+    except (Unanswered, OSError) as error:
         fail(str(error))
 
 

@@ -14,7 +14,7 @@ from sglang_specforge.ab.plan import Plan
 from sglang_specforge.ab.report import Report
 from sglang_specforge.ab.servers import Servers, compare_servers
 from sglang_specforge.ab.view import render, write_page
-from sglang_specforge.client import DEFAULT_URL, ApiKey, Unanswered, Url, ask, fail, writable
+from sglang_specforge.client import DEFAULT_URL, ApiKey, Url, ask, fail, or_fail, writable
 
 app = typer.Typer(help="Compare drafts on live traffic, by turns, until it is settled.", no_args_is_help=True)
 console = Console()
@@ -121,13 +121,10 @@ def _watch(id: str, url: str, api_key: str | None) -> Report:
 
 
 def _lead(urls: list[str], api_key: str | None, arms: list[str], settings: dict[str, Any]) -> Report:
-    with Live(console=console, auto_refresh=False, transient=True) as live:
-        try:
-            servers = Servers(urls, api_key)
-            leading = compare_servers(servers, arms, settings, lambda now: live.update(render(now), refresh=True))
-            return asyncio.run(leading)
-        except (Unanswered, OSError) as error:
-            fail(str(error))
+    with Live(console=console, auto_refresh=False, transient=True) as live, or_fail():
+        servers = Servers(urls, api_key)
+        leading = compare_servers(servers, arms, settings, lambda now: live.update(render(now), refresh=True))
+        return asyncio.run(leading)
 
 
 def _report(answer: Any) -> Report:
