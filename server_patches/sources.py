@@ -1,6 +1,7 @@
 """Any version's SGLang by its sources alone, so that its seams can be checked where it cannot be installed."""
 
 import ast
+import contextlib
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -87,10 +88,19 @@ class Sources:
         statements = list(_statements(node))
         if found := next((s for s in statements if name in _named(s)), None):
             return module, found
-        for statement in statements:  # some only where types are checked, and then in circles
-            for alias in statement.names if isinstance(statement, ast.ImportFrom) else ():
-                if name == (alias.asname or alias.name):
-                    return self._imported(f"{_absolute(statement, module)}.{alias.name}")
+        imports = [
+            (alias, _absolute(statement, module))
+            for statement in statements  # some only where types are checked, and then in circles
+            if isinstance(statement, ast.ImportFrom)
+            for alias in statement.names
+        ]
+        for alias, origin in imports:
+            if name == (alias.asname or alias.name):
+                return self._imported(f"{origin}.{alias.name}")
+        for alias, origin in imports:
+            if alias.name == "*" and not name.startswith("_"):
+                with contextlib.suppress(NotThere):
+                    return self._imported(f"{origin}.{name}")
         return None
 
     def _imported(self, path: str) -> tuple[str, ast.AST]:

@@ -74,6 +74,11 @@ class ControlService:
             self._inbox.close(linger=0)
             self._context.term()
 
+    def end(self) -> None:
+        """Of a server that is ending: blocks while its own trainer saves."""
+        if self._supervisor is not None:
+            self._supervisor.end()
+
     async def switch_capture(self, enabled: bool) -> None:
         """Have every exporter capture, or pause."""
         await self._engine.set_state(draft_training_capture=int(enabled))
@@ -276,6 +281,7 @@ async def running(service: ControlService) -> Any:
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError, BaseExceptionGroup):
             await task
+        service.end()
 
 
 def _log_failure(task: asyncio.Task) -> None:

@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 _FIRST_BACKOFF_S, _LONGEST_BACKOFF_S = 1.0, 60.0
 _POLL_S = 0.5
 _STABLE_S = 60.0  # a trainer that lived so long starts over with the first backoff
+_SAVE_LIMIT_S = 10.0
 
 
 class TrainerSupervisor:
@@ -27,9 +28,10 @@ class TrainerSupervisor:
         self._process: subprocess.Popen | None = None
         self._restarts = 0
         self._last_exit: str | None = None
+        self._ending = False
 
     async def keep_alive(self) -> None:
-        """Runs until cancelled; then the trainer is told to save and end."""
+        """Runs until cancelled, when the trainer is told to save and end, or until ``end``."""
         backoff_s = _FIRST_BACKOFF_S
         try:
             while True:
@@ -38,6 +40,8 @@ class TrainerSupervisor:
                 # Polled: a thread that waits for a trainer that hangs would keep the server from ending.
                 while (code := self._process.poll()) is None:
                     await asyncio.sleep(_POLL_S)
+                if self._ending:
+                    return
                 self._last_exit = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
                 if time.monotonic() - started > _STABLE_S:
                     backoff_s = _FIRST_BACKOFF_S
@@ -47,6 +51,20 @@ class TrainerSupervisor:
                 self._restarts += 1
         finally:
             self.stop()
+
+    def end(self) -> None:
+        """Of a server that has nothing else to do any more: blocks until the trainer has saved, within a limit."""
+        self._ending = True
+        self.stop()
+        try:
+            if self._process is not None:
+                self._process.wait(_SAVE_LIMIT_S)
+        except subprocess.TimeoutExpired:
+            logger.warning(
+                "draft training: the trainer has not ended within %.0f s; what it learnt since its last checkpoint is "
+                "lost",
+                _SAVE_LIMIT_S,
+            )
 
     def stop(self) -> None:
         if self._process is not None and self._process.poll() is None:

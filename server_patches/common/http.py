@@ -27,7 +27,15 @@ def launch_with_draft_training(original: Any, server_args: Any, *args: Any, **kw
             yield state
 
     app.router.lifespan_context = lifespan
+    app.state.draft_training = service
     return original(server_args, *args, **kwargs)
+
+
+def let_the_trainer_save(*args: Any, **kwargs: Any) -> None:
+    """BEFORE the tokenizer manager's ``kill_process_tree``, by which a server that was told to end (SIGTERM) and has
+    answered every request kills its children, the trainer among them. One that breaks down does not wait."""
+    if http_server._global_state.tokenizer_manager.gracefully_exit:
+        http_server.app.state.draft_training.end()
 
 
 class _SGLangEngine:

@@ -15,10 +15,11 @@ def register_flag_hooks() -> None:
 def apply_run_hooks() -> None:
     """Of a run: status routes, control service and trainer, around the HTTP server's life; headers; a fixed target."""
     from server_patches.common import consent, fixed_target, http
-    from server_patches.common.seams import HTTP, MANAGER, UPDATES
+    from server_patches.common.seams import HTTP, KILL, MANAGER, UPDATES
 
     HookRegistry.register(f"{MANAGER}.generate_request", consent.take_headers, HookType.BEFORE)
     HookRegistry.register(f"{HTTP}.launch_server", http.launch_with_draft_training, HookType.AROUND)
+    HookRegistry.register(KILL, http.let_the_trainer_save, HookType.BEFORE)
     for name in UPDATES:
         HookRegistry.register(f"{MANAGER}.{name}", fixed_target.refusal_of(name), HookType.AROUND)
     HookRegistry.apply_hooks()

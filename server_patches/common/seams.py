@@ -9,6 +9,7 @@ LOGITS = "sglang.srt.layers.logits_processor"
 BATCH = "sglang.srt.managers.schedule_batch"
 RESULT = "sglang.srt.managers.utils.GenerationBatchResult"
 MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
+KILL = "sglang.srt.managers.tokenizer_manager.kill_process_tree"
 HTTP = "sglang.srt.entrypoints.http_server"
 _DRAFT = "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker"
 
@@ -37,6 +38,8 @@ COMMON: tuple[Seam, ...] = (
     Target(f"{MANAGER}.generate_request", ("self", "obj", "request"), "BEFORE: what headers say of a request"),
     Target(f"{MANAGER}.set_internal_state", ("self", "obj"), f"called: {CONTROL}"),
     Target(f"{MANAGER}.get_internal_state", ("self",), "called: what the ranks say"),
+    Symbol(KILL, "BEFORE: the trainer saves"),
+    Members(MANAGER, ("gracefully_exit",), "read: likewise"),
     *(Target(f"{MANAGER}.{name}", ("self", "obj"), "AROUND: refused, the target is fixed") for name in UPDATES),
     Target(f"{WORKER}.__init__", ("self", "server_args", "target_worker"), "AFTER: exporter and bank"),
     Target(f"{WORKER}.verify", ("self", "batch"), "AFTER: captures accepted tokens, counts acceptance"),

@@ -113,6 +113,7 @@ def training_flag(name: str) -> str:
 def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Client]]:
     """Starts a server in place of the one before it (two cores carry one at a time), or ``beside`` it."""
     running: dict[tuple, Client] = {}
+    stopping = ThreadPoolExecutor()
 
     def begin(
         *arguments: Any,
@@ -124,8 +125,10 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Cl
         key = (arguments, repr(training), model, beside, tuple(ranks.items()))
         if key in running:
             return running[key]
+        # To end takes as long as SGLang looks for SIGTERM, every 5 s, and nothing else: the next one starts meanwhile.
+        ending = []
         while running and not beside:
-            running.popitem()[1].server.stop()
+            ending.append(stopping.submit(running.popitem()[1].server.stop))
         folder = tmp_path_factory.mktemp("server")
         flags: list[Any] = []
         if training is not None:
@@ -133,6 +136,8 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Cl
             flags = ["--enable-draft-training", "--draft-training-run-dir", folder / "run"]
             flags += [part for name, value in training.items() for part in (training_flag(name), value)]
         server = ServerProcess.start(folder / "log", ["--model-path", model, *SERVING, *arguments, *flags], **ranks)
+        for end in ending:
+            end.result()
         running[key] = Client(server, folder / "run")
         if training is not None and training.get("trainer") != "none":
             wait_until_captured(server.url, limit_s=90)

@@ -101,3 +101,18 @@ def test_streams_that_clients_leave_are_closed_and_counted(client, accounted):
         list(pool.map(leave, range(12)))
     assert accounted() > 0
     wait_for("no open request", lambda: settled(client)["tokens"]["in_flight"] == 0)
+
+
+def test_a_server_that_is_told_to_end_lets_its_trainer_save(client):
+    def saved():
+        return max((int(f.name) for f in (client.run_dir / "checkpoints").glob("*") if f.name.isdigit()), default=0)
+
+    def learns():
+        before = client.status()
+        if (step := before["trainer"]["step"]) > saved():
+            return step
+        client.generate_all(prompts(8, seed=before["tokens"]["captured"]))  # the same ones again would be dropped
+
+    step = wait_for("a step after the newest checkpoint", learns)
+    client.server.stop()
+    assert saved() >= step

@@ -41,6 +41,7 @@ class Data:
     second: int = 0
 CONSTANT = 1
 """,
+    "pkg/all.py": "from pkg.deep.one import *\nfrom pkg.deep.two import *\n",
 }
 VIEW = Sources(FILES.get)
 
@@ -53,6 +54,8 @@ VIEW = Sources(FILES.get)
         ("pkg.deep.one.Made.inherited", ["self", "x"]),
         ("pkg.deep.two.Data", ["first", "second"]),
         ("pkg.deep.one.slow", ["x"]),
+        ("pkg.all.slow", ["x"]),
+        ("pkg.all.Data", ["first", "second"]),
     ],
 )
 def test_parameters_are_found_through_imports_bases_and_attempts(path, parameters):
