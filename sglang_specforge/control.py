@@ -28,7 +28,7 @@ from sglang_specforge.metrics import Metrics
 from sglang_specforge.reader import Lease, Reader, ReaderHeld
 from sglang_specforge.settings import Run
 from sglang_specforge.supervisor import TrainerSupervisor
-from sglang_specforge.swaps import DraftHeld, Engine, NotAttached, SwapRefused, Swaps, UnknownVersion
+from sglang_specforge.swaps import DraftHeld, Engine, GateChanged, NotAttached, SwapRefused, Swaps, UnknownVersion
 from sglang_specforge.watch import Watch, by_prompt, by_slice, by_version
 
 logger = logging.getLogger(__name__)
@@ -241,7 +241,10 @@ class ControlService:
                 del self._verdicts[min(self._verdicts)]
         why = verdict.why if verdict else "not compared"
         if gate == "off" or (gate == "auto" and (verdict is None or verdict.passed)):
-            await self.swaps.activate(version, "trainer", why)
+            try:
+                await self.swaps.activate(version, "trainer", why, gate=gate)
+            except GateChanged:
+                await self._take(ready)
         else:
             event = "proposed" if gate == "propose" else "held_back"
             self.swaps.audit.write(event, "gate", version=version, why=why)

@@ -48,6 +48,10 @@ class DraftHeld(RuntimeError):
     """Somebody else decides at present which version is active; the message says who, and how to end it."""
 
 
+class GateChanged(RuntimeError):
+    """What the trainer published went by a gate that is another one by now; the active version stays."""
+
+
 class Change(NamedTuple):
     """The active version before and after; the same where there was nothing to change."""
 
@@ -158,11 +162,15 @@ class Swaps:
         async with self._changing:
             await self._load(self.known(version))
 
-    async def activate(self, version: int, who: str, why: str = "", *, event: str = "activated") -> Change:
+    async def activate(
+        self, version: int, who: str, why: str = "", *, event: str = "activated", gate: Mode | None = None
+    ) -> Change:
         """Make a version active on all ranks, or on none; nothing happens where it is.
 
+        With ``gate``, only while that is the gate: somebody may roll back, or set it, while this waits and loads.
+
         Raises:
-            DraftHeld, UnknownVersion, SwapRefused: the active version stays.
+            DraftHeld, UnknownVersion, SwapRefused, GateChanged: the active version stays.
         """
         async with self._changing:
             self._check_held(who)
@@ -173,6 +181,8 @@ class Swaps:
             resident = all(self.known(version) in rank["bank"]["resident_versions"] for rank in ranks)
             if not resident or len(ranks) > 1:
                 await self._load(version)
+            if gate not in (None, self.gate):
+                raise GateChanged(f"the gate was {gate!r}, and is {self.gate!r}")
             await self.show(version)
             if version != self.active:
                 self._manifest.activated(version)

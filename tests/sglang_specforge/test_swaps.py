@@ -9,7 +9,7 @@ from sglang_specforge.checkpoint import content_of
 from sglang_specforge.manifest import Manifest
 from sglang_specforge.new_draft import init_draft
 from sglang_specforge.settings import Run
-from sglang_specforge.swaps import DraftHeld, SwapRefused, Swaps, UnknownVersion
+from sglang_specforge.swaps import DraftHeld, GateChanged, SwapRefused, Swaps, UnknownVersion
 from tests.tiny import make_run, make_target
 
 
@@ -68,6 +68,24 @@ def active(groups):
 
 def events(swaps):
     return [event["event"] for event in swaps.audit.last(100)]
+
+
+def test_a_rollback_is_not_undone_by_what_the_trainer_had_published_before_it(run, drafts):
+    async def story():
+        groups = Groups()
+        swaps = Swaps(run, groups)
+        first, second = [await swaps.add(draft, "trainer") for draft in drafts[:2]]
+        await swaps.activate(first, "trainer", gate=swaps.gate)
+        rolling = asyncio.create_task(swaps.roll_back("me", "worse"))
+        waiting = asyncio.create_task(swaps.activate(second, "trainer", gate=swaps.gate))
+        assert await rolling == (first, 0)
+        with pytest.raises(GateChanged, match="the gate was 'auto', and is 'propose'"):
+            await waiting
+        assert active(groups) == {0}
+        await swaps.activate(second, "me")
+        assert active(groups) == {second}
+
+    asyncio.run(story())
 
 
 def test_a_version_is_activated_rolled_back_and_the_log_tells(run, drafts):
