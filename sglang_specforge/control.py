@@ -281,10 +281,10 @@ async def running(service: ControlService) -> Any:
     try:
         yield service
     finally:
+        service.end()
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError, BaseExceptionGroup):
             await task
-        service.end()
 
 
 def _log_failure(task: asyncio.Task) -> None:
