@@ -84,17 +84,19 @@ def outputs(answers: list[dict[str, Any]]) -> list[list[int]]:
 
 def settled(client: Client) -> dict[str, Any]:
     """A status in which nothing is under way, and of which the trainer has spoken twice."""
-    last: dict[str, Any] = client.status()
-    heartbeats = 0
+    captured, heartbeats, heard_s = -1, 0, 0.0  # the last heartbeat that counts was heard by heard_s
 
     def look() -> dict[str, Any] | None:
-        nonlocal last, heartbeats
-        before, last = last, client.status()
-        if last["tokens"]["captured"] != before["tokens"]["captured"]:
-            heartbeats = 0
-        heartbeats += last["trainer"]["silent_s"] < before["trainer"]["silent_s"]
-        under_way = last["tokens"]["in_flight"] or any(export["queued_passes"] for export in last["export"])
-        return last if heartbeats >= 2 and not under_way else None
+        nonlocal captured, heartbeats, heard_s
+        asked_s = time.monotonic()
+        status = client.status()  # takes seconds where a layout sleeps: when it was heard is known to within those
+        answered_s, silent_s = time.monotonic(), status["trainer"]["silent_s"]
+        if status["tokens"]["captured"] != captured:
+            captured, heartbeats, heard_s = status["tokens"]["captured"], 0, answered_s
+        elif asked_s - silent_s >= heard_s:
+            heartbeats, heard_s = heartbeats + 1, answered_s - silent_s
+        under_way = status["tokens"]["in_flight"] or any(export["queued_passes"] for export in status["export"])
+        return status if heartbeats >= 2 and not under_way else None
 
     return wait_for("captured tokens come to rest", look)
 
