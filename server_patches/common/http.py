@@ -32,9 +32,11 @@ def launch_with_draft_training(original: Any, server_args: Any, *args: Any, **kw
 
 
 def let_the_trainer_save(*args: Any, **kwargs: Any) -> None:
-    """BEFORE the tokenizer manager's ``kill_process_tree``, by which a server that was told to end (SIGTERM) and has
-    answered every request kills its children, the trainer among them. One that breaks down does not wait."""
-    if http_server._global_state.tokenizer_manager.gracefully_exit:
+    """BEFORE ``kill_process_tree``, wherever SGLang calls it. The tokenizer manager does for a server that was told to
+    end (SIGTERM) and has answered every request: it kills its children, the trainer among them. One that breaks down
+    does not wait, and one that never came up has nothing to save."""
+    state = http_server._global_state
+    if state is not None and state.tokenizer_manager.gracefully_exit:
         http_server.app.state.draft_training.end()
 
 

@@ -1,12 +1,14 @@
 """The ways that a request can go through a server; after each, every captured token has a fate."""
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
-from tests.e2e.conftest import TRAINING, assert_every_token_is_accounted_for, prompts, settled, wait_for
+from sglang_specforge.server_process import ServerProcess
+from tests.e2e.conftest import TARGET, TRAINING, assert_every_token_is_accounted_for, prompts, settled, wait_for
 
 # A pool that a few long answers fill, so that some have to give theirs back and begin again.
 POOL_TOKENS = 700
@@ -101,6 +103,28 @@ def test_streams_that_clients_leave_are_closed_and_counted(client, accounted):
         list(pool.map(leave, range(12)))
     assert accounted() > 0
     wait_for("no open request", lambda: settled(client)["tokens"]["in_flight"] == 0)
+
+
+def is_gone(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+def test_a_start_that_fails_says_why_and_leaves_no_process(tmp_path):
+    unservable = ["--model-path", TARGET, "--dtype", "float32", "--quantization", "w8a8_int8"]  # a scheduler finds out
+    flags = ["--enable-draft-training", "--draft-training-run-dir", tmp_path / "run"]
+    server = ServerProcess(tmp_path / "log", [*unservable, *flags])
+    try:
+        assert server.process.wait(120) != 0
+        wait_for("no process of its group", lambda: is_gone(server.process.pid), 20)
+        log = server.log.read_text()
+        assert "torch.float32 is not supported for quantization method w8a8_int8" in log
+        assert "server_patches" not in log
+    finally:
+        server.stop()
 
 
 def test_a_server_that_is_told_to_end_lets_its_trainer_save(client):
