@@ -26,10 +26,10 @@ def build_tree_kernel_efficient_cpu(
 ) -> None:
     """Fill, in place, what verification needs to know of each tree.
 
-    ``parent_list`` [B, topk*(D-1)+1] and ``selected_index`` [B, N-1] come from the draft;
-    ``tree_mask`` (B*N*N bools) becomes true where a node sees an ancestor or itself, ``positions`` (B*N)
-    the absolute position of each node, and the three ``retrieve_*`` [B, N] the tree as pointers: node in
-    the flat batch, first child, next sibling (-1 where there is none).
+    ``parent_list`` [B, topk*(D-1)+1] (no columns for one step, where all hang from the root) and
+    ``selected_index`` [B, N-1] come from the draft; ``tree_mask`` (B*N*N bools) becomes true where a node sees an
+    ancestor or itself, ``positions`` (B*N) the absolute position of each node, and the three ``retrieve_*`` [B, N] the
+    tree as pointers: node in the flat batch, first child, next sibling (-1 where there is none).
     """
     if int(tree_mask_mode) != QLEN_ONLY:
         raise NotImplementedError(
@@ -40,7 +40,7 @@ def build_tree_kernel_efficient_cpu(
     node_N = torch.arange(N)
 
     parent_BN = torch.zeros(B, N, dtype=torch.long)
-    if N > 1:
+    if N > 1 and depth > 1:
         group_BM = selected_index // topk  # which expanded node a choice hangs from; 0 is the root
         token_BM = parent_list.gather(1, group_BM)
         chosen_at_BM = (selected_index[:, None, :] == token_BM[:, :, None]).int().argmax(-1)

@@ -30,12 +30,12 @@ def random_drafts(B, topk, depth, N):
                     parent_list += ids.tolist()
         flat = torch.cat(scores)
         selected.append(flat.topk(N - 1).indices.sort().values)
-        parents.append(torch.tensor(parent_list[: topk * (depth - 1) + 1]))
+        parents.append(torch.tensor(parent_list[: topk * (depth - 1) + 1] if depth > 1 else [], dtype=torch.long))
     return torch.stack(parents), torch.stack(selected)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize(("topk", "depth", "N"), [(1, 3, 4), (4, 3, 10), (2, 5, 8)])
+@pytest.mark.parametrize(("topk", "depth", "N"), [(1, 3, 4), (4, 3, 10), (2, 5, 8), (1, 1, 2), (4, 1, 3)])
 def test_tree_building_and_verification(seed, topk, depth, N):
     torch.manual_seed(seed)
     B = 5
