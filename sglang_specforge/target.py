@@ -11,6 +11,8 @@ from transformers import AutoConfig, PretrainedConfig
 
 MIN_LAYERS = 8  # below, the default capture layers [2, n//2, n-3] of SGLang coincide
 _BLOCKS, _BLOCK_BYTES = 64, 4096
+_PLAIN = (torch.float32, torch.bfloat16, torch.float16)
+_QUANTIZED = ("qweight", "weight_packed")  # GPTQ and AWQ; compressed-tensors
 
 
 class TargetError(ValueError):
@@ -64,12 +66,29 @@ def fingerprint_target(folder: Path) -> str:
 
 
 def load_embedding_and_head(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """The target's input embedding and ``lm_head``, both [V, H] (the same tensor when tied)."""
-    embed_VH = _load_tensor(folder, "model.embed_tokens.weight")
+    """The target's input embedding and ``lm_head``, both [V, H] (the same tensor when tied).
+
+    Raises:
+        TargetError: the embedding is missing, or one of the two is quantized (the other layers may be).
+    """
+    embed_VH, head_VH = (_load_weight(folder, module) for module in ("model.embed_tokens", "lm_head"))
     if embed_VH is None:
         raise TargetError(f"target {folder} has no tensor model.embed_tokens.weight")
-    head_VH = _load_tensor(folder, "lm_head.weight")
     return embed_VH, embed_VH if head_VH is None else head_VH
+
+
+def _load_weight(folder: Path, module: str) -> torch.Tensor | None:
+    weight = _load_tensor(folder, f"{module}.weight")
+    if weight is None:
+        packed = next((name for name in _QUANTIZED if _load_tensor(folder, f"{module}.{name}") is not None), None)
+    else:
+        packed = None if weight.dtype in _PLAIN else f"weight of {weight.dtype}"
+    if packed:
+        raise TargetError(
+            f"target {folder} has a quantized {module} ({packed}), which a draft cannot be trained against; give a "
+            f"checkpoint whose embedding and lm_head are not quantized"
+        )
+    return weight
 
 
 def _weight_files(folder: Path) -> list[Path]:

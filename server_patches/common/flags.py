@@ -29,6 +29,7 @@ from sglang_specforge.versions import VersionFolder
 
 _PREFIX = "draft_training_"
 _DEFAULT_STEPS, _DEFAULT_TOPK = 3, 1
+_UNQUANTIZED = "unquant"  # sglang.srt.server_args.QUANTIZATION_CHOICES
 
 
 def add_flags(result: None, parser: argparse.ArgumentParser) -> None:
@@ -131,6 +132,12 @@ def _refuse_contradictions(args: argparse.Namespace, settings: DraftTrainingSett
         "use_ray": "its control service is part of the HTTP server",
         "encoder_only": "it has no target",
     }
+    quantization = getattr(args, "speculative_draft_model_quantization", None)
+    if quantization not in (None, _UNQUANTIZED):
+        raise SettingsError(
+            f"--enable-draft-training does not go with --speculative-draft-model-quantization {quantization}: versions "
+            "are swapped in as trained; leave the flag out, and the draft is not quantized, whatever the target is"
+        )
     if getattr(args, "load_format", None) == "dummy":
         raise SettingsError(
             "--enable-draft-training does not go with --load-format dummy: the trainer reads the target's head from "
@@ -185,6 +192,7 @@ def _speculation(args: Any) -> Speculation:
 
 def _set_speculative_defaults(args: Any) -> None:
     args.speculative_algorithm = "EAGLE3"
+    args.speculative_draft_model_quantization = _UNQUANTIZED  # SGLang would quantize it as --quantization says
     args.speculative_num_steps = args.speculative_num_steps or _DEFAULT_STEPS
     args.speculative_eagle_topk = args.speculative_eagle_topk or _DEFAULT_TOPK
     if args.speculative_num_draft_tokens is None:

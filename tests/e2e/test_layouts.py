@@ -5,6 +5,7 @@ states arrive aligned (parity), that a swap reaches every rank, and that the out
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -108,6 +109,16 @@ def test_bf16_from_a_draft_made_by_hand(start, tmp_path):
     after = settled(client)
     assert after["export"][0]["requests"]["left_out"]["not_text"] == 1
     assert after["tokens"]["captured"] == status["tokens"]["captured"]
+
+
+def test_a_quantized_target_gets_drafts_as_trained(start, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "fp8_on_cpu"))
+    client = start("--dtype", "bfloat16", NO_CACHE, "--quantization", "w8a8_fp8", training=STEADY)
+    info = client.get("/server_info").json()
+    assert info["quantization"] == "w8a8_fp8"
+    status = run_loop(client)
+    parity = status["trainer"]["parity"]
+    assert parity["agreed"] >= 0.98 * parity["compared"]
 
 
 @pytest.fixture(scope="module")

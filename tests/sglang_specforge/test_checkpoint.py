@@ -93,6 +93,19 @@ def test_a_shallow_target_is_refused(target, tmp_path):
         init_draft(str(target), tmp_path / "out")
 
 
+def test_a_target_with_a_quantized_head_is_refused(target, tmp_path):
+    file = target / "model.safetensors"
+    tensors = load_file(file)
+    head_VH = tensors.pop("lm_head.weight")
+    for changed, named in (
+        ({"lm_head.weight": head_VH.to(torch.float8_e4m3fn)}, "quantized lm_head .weight of torch.float8_e4m3fn"),
+        ({"lm_head.qweight": head_VH.int()}, "quantized lm_head .qweight"),
+    ):
+        save_file(tensors | changed, file, {"format": "pt"})
+        with pytest.raises(TargetError, match=named):
+            init_draft(str(target), tmp_path / "out")
+
+
 def test_a_draft_from_elsewhere_is_taken_in(tmp_path, draft, target):
     """SpecForge's layout of names, an embedding of its own, no t2d, an older rotary setting, no fingerprint."""
     config = load_config(draft)
