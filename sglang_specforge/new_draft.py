@@ -91,12 +91,12 @@ def import_draft(given: Path, target_path: Path, out: Path) -> Path:
     missing. Any other kind has to come in the layout that it has here.
 
     Raises:
-        CheckpointError: it is of no known kind, it is an EAGLE3 draft of several layers, it was trained here for
-            another target, or a tensor does not fit the target.
+        CheckpointError: it cannot be read, it is of no known kind, it is an EAGLE3 draft of several layers, it was
+            trained here for another target, or a tensor does not fit the target.
     """
     raw, fingerprint = load_config(given), fingerprint_target(target_path)
     if kind_of(raw) is not EAGLE3:
-        tensors = read_tensors(given)
+        tensors = _read_given(given)
         check_tensors(given, {FINGERPRINT_KEY: None, **raw}, tensors, fingerprint)
         save_checkpoint(out, raw, tensors)
         return out
@@ -107,7 +107,7 @@ def import_draft(given: Path, target_path: Path, out: Path) -> Path:
             )
     tensors = {
         name.replace("layers.0.", "midlayer.").removeprefix("model."): tensor
-        for name, tensor in read_tensors(given).items()
+        for name, tensor in _read_given(given).items()
         if "embed_tokens" not in name
     }
     target = load_target_config(target_path)
@@ -124,6 +124,17 @@ def import_draft(given: Path, target_path: Path, out: Path) -> Path:
     check_tensors(given, config, tensors, fingerprint)
     save_checkpoint(out, config, tensors)
     return out
+
+
+def _read_given(folder: Path) -> dict[str, torch.Tensor]:
+    """Drafts published by others may be a ``pytorch_model.bin``; what is swapped in never is."""
+    file = folder / "pytorch_model.bin"
+    if (folder / "model.safetensors").exists() or not file.exists():
+        return read_tensors(folder)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # of rubbish, the unpickler raises anything
+        raise CheckpointError(f"draft checkpoint {folder}: {file.name} cannot be read: {error}") from error
 
 
 def draft_config(target: PretrainedConfig, draft_vocab_size: int, dtype: str, fingerprint: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 MIN_LAYERS = 8  # below, the default capture layers [2, n//2, n-3] of SGLang coincide
 _BLOCKS, _BLOCK_BYTES = 64, 4096
+_READ = ("*.json", "*.safetensors", "*.py", "pytorch_model.bin")  # some drafts are there in the last alone
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 _QUANTIZED = ("qweight", "weight_packed")  # GPTQ and AWQ; compressed-tensors
 
@@ -19,15 +20,17 @@ class TargetError(ValueError):
     """The target cannot be used; the message names the file or tensor and what is needed."""
 
 
-def resolve_target(model_path: str) -> Path:
-    """Local folder of a model given as a folder or as a Hugging Face repository.
+def resolve_target(model_path: str, revision: str | None = None, cache_dir: str | None = None) -> Path:
+    """Local folder of a model given as a folder or as a Hugging Face repository, of which what is read here is fetched.
 
     Raises:
         TargetError: it is neither, or cannot be fetched.
     """
     path = Path(model_path)
+    if path.is_dir():
+        return path
     try:
-        return path if path.is_dir() else Path(snapshot_download(model_path))
+        return Path(snapshot_download(model_path, revision=revision, cache_dir=cache_dir, allow_patterns=_READ))
     except (OSError, ValueError) as error:
         why = str(error).partition("\n")[0]
         raise TargetError(

@@ -68,14 +68,15 @@ def _start_run(args: argparse.Namespace, settings: DraftTrainingSettings) -> Non
     check()
     _refuse_contradictions(args, settings)
     settings = _settle_drafting(args, settings)
-    folder = resolve_target(args.model_path).absolute()
+    folder = resolve_target(args.model_path, args.revision, args.download_dir).absolute()
     target = load_target_config(folder)
     dtype = _served_dtype(target, args.dtype)
     if given := args.speculative_draft_model_path:
-        version, draft = 0, import_draft(resolve_target(given), folder, VersionFolder(settings.run_dir).root / "given")
+        given = resolve_target(given, args.speculative_draft_model_revision, args.download_dir)
+        version, draft = 0, import_draft(given, folder, VersionFolder(settings.run_dir).root / "given")
     else:
         version, draft = _own_draft(settings, folder, dtype)
-    args.speculative_draft_model_path = str(draft)
+    args.speculative_draft_model_path, args.speculative_draft_model_revision = str(draft), None
     _set_speculative_defaults(args)
     sockets = make_socket_folder()
     Run(

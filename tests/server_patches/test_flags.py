@@ -1,17 +1,23 @@
 """The launcher's flags: through SGLang's own entry in a process of its own, and bad ones through its parser."""
 
 import argparse
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from sglang.srt.server_args import ServerArgs
 
 from server_patches.common import flags
+from sglang_specforge.new_draft import init_draft
 from sglang_specforge.settings import DraftTrainingSettings
 from sglang_specforge.settings_flags import flag_of
+from sglang_specforge.target import fingerprint_target
 from tests.tiny import make_target
 
 SCRIPT = """
@@ -27,9 +33,9 @@ print("ANSWER" + json.dumps([fields, os.environ.get("SGLANG_SPECFORGE_RUN")]))
 """
 
 
-def parse(*arguments, plugins="specforge"):
+def parse(*arguments, plugins="specforge", environment=None):
     command = [sys.executable, "-c", SCRIPT, "--device", "cpu", "--port", "30000", "--random-seed", "1", *arguments]
-    environment = {"SGLANG_PLUGINS": plugins, "SGLANG_USE_CPU_ENGINE": "1"}
+    environment = {"SGLANG_PLUGINS": plugins, "SGLANG_USE_CPU_ENGINE": "1", **(environment or {})}
     return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=180)
 
 
@@ -78,6 +84,35 @@ def test_the_flag_makes_a_draft_and_sets_speculation(target, tmp_path):
     assert (run_dir / "versions" / "initial" / "model.safetensors").exists()
     assert json.loads(run)["settings"]["run_dir"] == str(run_dir)
     assert json.loads(run)["served_dtype"] == "bfloat16"
+
+
+def test_revisions_are_those_that_were_asked_for(target, tmp_path):
+    other = make_target(tmp_path / "other", seed=1)
+    draft = init_draft(str(other), tmp_path / "draft", draft_vocab_size=32, seed=2)
+    for repository, folders in {"org/target": {"main": target, "v2": other}, "org/draft": {"v3": draft}}.items():
+        for revision, folder in folders.items():
+            keep_in_cache(tmp_path / "hub", repository, revision, folder)
+    fields, run = answer(
+        parse(
+            "--model-path", "org/target", "--revision", "v2", "--download-dir", str(tmp_path / "hub"),
+            "--tokenizer-path", "org/target", "--dtype", "float32", "--enable-draft-training",
+            "--draft-training-run-dir", str(tmp_path / "run"), "--speculative-draft-model-path", "org/draft",
+            "--speculative-draft-model-revision", "v3",
+            environment={"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
+        )
+    )  # fmt: skip
+    assert json.loads(run)["target_fingerprint"] == fingerprint_target(other)
+    found, given = (load_file(folder / "model.safetensors") for folder in (tmp_path / "run/versions/given", draft))
+    assert torch.equal(found["fc.weight"], given["fc.weight"])
+
+
+def keep_in_cache(hub, repository, revision, folder):
+    """As ``huggingface_hub`` keeps what it has fetched."""
+    cached = hub / f"models--{repository.replace('/', '--')}"
+    commit = hashlib.sha1(revision.encode()).hexdigest()
+    shutil.copytree(folder, cached / "snapshots" / commit)
+    (cached / "refs").mkdir(exist_ok=True)
+    (cached / "refs" / revision).write_text(commit)
 
 
 def test_where_drafting_cannot_be_switched_off_it_never_is_and_that_is_said(parser, capsys):

@@ -125,6 +125,17 @@ def test_a_draft_from_elsewhere_is_taken_in(tmp_path, draft, target):
     assert load_config(taken)["dtype"] == "float32"
 
 
+def test_a_draft_may_be_given_as_pytorch_model_bin(tmp_path, draft, target):
+    tensors = load_file(draft / "model.safetensors")
+    (draft / "model.safetensors").unlink()
+    torch.save(tensors, draft / "pytorch_model.bin")
+    found = check(import_draft(draft, target, tmp_path / "taken"), target)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    (draft / "pytorch_model.bin").write_bytes(b"rubbish")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin cannot be read"):
+        import_draft(draft, target, tmp_path / "again")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
