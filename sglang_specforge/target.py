@@ -40,8 +40,17 @@ def resolve_target(model_path: str, revision: str | None = None, cache_dir: str 
 
 
 def load_target_config(folder: Path) -> PretrainedConfig:
-    """Text configuration of the target; refuses targets too shallow for three distinct capture layers."""
-    config = AutoConfig.from_pretrained(folder).get_text_config()
+    """Text configuration of the target.
+
+    Raises:
+        TargetError: transformers does not know it without code of its own, or it is too shallow for three distinct
+            capture layers.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder).get_text_config()
+    except (OSError, ValueError) as error:
+        why = str(error).partition("\n")[0]
+        raise TargetError(f"target {folder}: transformers cannot read its config.json ({why})") from error
     if config.num_hidden_layers < MIN_LAYERS:
         raise TargetError(
             f"target {folder} has {config.num_hidden_layers} layers; EAGLE3 captures layers 2, n//2 and n-3, "
