@@ -66,6 +66,7 @@ EAGLE3 = DraftKind(
     "trainer.eagle3:Eagle3Draft",
     ("num_attention_heads", "head_dim", "rms_norm_eps", "rope_parameters", "eagle_config", *EAGLE3_VARIANTS),
 )
+_OVERRIDDEN = ("max_position_embeddings", "rms_norm_eps")  # what the trainer's modules read, beside rotary settings
 _kinds: dict[str, DraftKind] = {EAGLE3.architecture: EAGLE3}
 
 
@@ -93,3 +94,13 @@ def expected_shapes(config: dict[str, Any]) -> Shapes:
     """Every tensor of a checkpoint and its shape. Raises CheckpointError."""
     tensors = kind_of(config).shapes(config)
     return {**tensors, "d2t": (config["draft_vocab_size"],), "t2d": (config["vocab_size"],)}
+
+
+def as_served(config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """A draft's config.json under ``--json-model-override-args``, which SGLang lays over the draft's as over the
+    target's (``sglang.srt.utils.hf_transformers.config.get_config``), rotary settings key by key."""
+    served = config | {name: overrides[name] for name in _OVERRIDDEN if name in overrides}
+    rotary = overrides.get("rope_parameters", overrides.get("rope_scaling"))  # transformers has them as one
+    if isinstance(rotary, dict):
+        served["rope_parameters"] = {**config.get("rope_parameters", {}), **rotary}
+    return served

@@ -159,6 +159,7 @@ class Job(BaseModel):
     draft_path: str = Field(description="Checkpoint that training starts from, version 0.")
     served_dtype: Dtype
     speculation: Speculation
+    overrides: dict[str, Any] = Field({}, description="SGLang's --json-model-override-args.")
 
     @property
     def run_dir(self) -> Path:

@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from sglang_specforge.checkpoint import load_checked, load_config
-from sglang_specforge.drafts import kind_of
+from sglang_specforge.drafts import as_served, kind_of
 from sglang_specforge.target import load_embedding_and_head
 from sglang_specforge.training_settings import Job
 from trainer.draft import Draft
@@ -142,7 +142,7 @@ class Learner:
 def load_draft(job: Job, folder: Path) -> Draft:
     """A draft with a checkpoint's weights, float32, on the host."""
     config = load_config(job.version_path(0))
-    draft = pkgutil.resolve_name(kind_of(config).module)(config)
+    draft = pkgutil.resolve_name(kind_of(config).module)(as_served(config, job.overrides))
     draft.load_state_dict(load_checked(folder, config, job.target_fingerprint))
     return draft
 

@@ -1,6 +1,7 @@
 """``--enable-draft-training`` and its group: argparse flags made from the settings model, and what they imply."""
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import Any, get_args
@@ -91,6 +92,7 @@ def _start_run(args: argparse.Namespace, settings: DraftTrainingSettings) -> Non
         control_endpoint=f"ipc://{sockets}/control",
         disaggregation=_disaggregation(args),
         replicas=getattr(args, "dp_size", None) or 1,
+        overrides=_overrides(args),
     ).export()
     apply_run_hooks()
 
@@ -178,6 +180,14 @@ def _settle_drafting(args: argparse.Namespace, settings: DraftTrainingSettings) 
         )
     print(f"draft training: every step drafts (--draft-drafting always), because of {why}", file=sys.stderr)
     return settings.model_copy(update={"drafting": "always"})
+
+
+def _overrides(args: argparse.Namespace) -> dict[str, Any]:
+    given = args.json_model_override_args or "{}"
+    try:
+        return json.loads(given)
+    except ValueError as error:
+        raise SettingsError(f"--json-model-override-args {given!r} is no JSON: {error}") from error
 
 
 def _disaggregation(args: argparse.Namespace) -> str:

@@ -3,6 +3,7 @@
 states arrive aligned (parity), that a swap reaches every rank, and that the output stays what it was.
 """
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -92,11 +93,15 @@ def test_states_that_travel_in_fewer_bytes(start, reference):
     assert parity["agreed"] > 0.9 * parity["compared"]  # near ties fall otherwise in 8 bits
 
 
-def test_bf16_from_a_draft_made_by_hand(start, tmp_path):
+YARN = {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 2048}}
+
+
+def test_bf16_and_overridden_rotary_settings_from_a_draft_made_by_hand(start, tmp_path):
     made = [sys.executable, "-m", "sglang_specforge", "init-draft", TARGET, tmp_path / "draft", "--seed", "7"]
     subprocess.run(made, check=True, timeout=120)
     given = ["--speculative-draft-model-path", tmp_path / "draft"]
-    client = start("--dtype", "bfloat16", NO_CACHE, *given, training=STEADY)
+    overrides = ["--json-model-override-args", json.dumps(YARN)]
+    client = start("--dtype", "bfloat16", NO_CACHE, *given, *overrides, training=STEADY)
     status = run_loop(client)
     assert status["draft"]["started_from"].endswith("versions/given")
     parity = status["trainer"]["parity"]

@@ -142,6 +142,7 @@ def test_where_drafting_cannot_be_switched_off_it_never_is_and_that_is_said(pars
             ["--enable-draft-training", "--speculative-draft-model-quantization", "fp8"],
             "--speculative-draft-model-quantization fp8: versions are swapped in as trained",
         ),
+        (["--enable-draft-training", "--dtype", "float32", "--json-model-override-args", "{"], "'{' is no JSON"),
         (["--enable-draft-training", "--load-format", "dummy"], "--load-format dummy: the trainer reads"),
         (["--enable-draft-training", "--smg-grpc-mode"], "--smg-grpc-mode: its control service"),
         (["--enable-draft-training", "--dtype", "float16"], "not float16; give --dtype bfloat16"),

@@ -8,10 +8,11 @@ from sglang_specforge.drafts import EAGLE3_VARIANTS, expected_shapes, kind_of
 from sglang_specforge.new_draft import RECIPES, init_draft
 from sglang_specforge.target import fingerprint_target
 from sglang_specforge.versions import VersionFolder
-from tests.tiny import make_target
+from tests.tiny import make_run, make_target
 from tests.trainer import linear_draft
 from tests.trainer.test_offline import flags, losses, write
 from trainer.cli import main
+from trainer.learner import load_draft
 
 VARIANTS = {
     "another kind": {"architectures": [linear_draft.LINEAR.architecture]},
@@ -48,6 +49,20 @@ def test_it_trains_publishes_and_passes_the_servers_checks(tmp_path, variant):
     before = load_checked(draft, config, fingerprint_target(target))
     same = {name for name in tensors if torch.equal(tensors[name], before[name])}
     assert same == {"d2t", "t2d"}
+
+
+@pytest.mark.parametrize("name", ["rope_parameters", "rope_scaling"])
+def test_a_server_s_overrides_hold_for_the_draft_that_is_trained(tmp_path, name):
+    target = make_target(tmp_path / "target")
+    run = make_run(tmp_path, target)
+    given = {key: value for key, value in VARIANTS["yarn"]["rope_parameters"].items() if key != "rope_theta"}
+    overridden = run.model_copy(update={"overrides": {name: given, "num_hidden_layers": 9}})
+    made = init_draft(str(target), tmp_path / "made", draft_vocab_size=32, dtype="float32", variant=VARIANTS["yarn"])
+    like_made = run.model_copy(update={"draft_path": str(made)})
+    drafts = [load_draft(job, job.version_path(0)) for job in (run, overridden, like_made)]
+    plain, trained, expected = (draft._rotary(torch.zeros(1), torch.arange(40))[0] for draft in drafts)
+    assert torch.equal(trained, expected)
+    assert not torch.allclose(trained, plain)
 
 
 def test_a_draft_without_keys_can_have_its_activations_made_again(tmp_path):
