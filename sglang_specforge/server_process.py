@@ -100,10 +100,14 @@ class ServerProcess:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(_STOP_LIMIT_S)
         end_s = time.monotonic() + _STOP_LIMIT_S / 4  # the trainer saves before it ends
-        while time.monotonic() < end_s and self._signal_group(0):
+        while time.monotonic() < end_s and self.has_processes():
             time.sleep(_POLL_S)
         self._signal_group(signal.SIGKILL)
         self.process.wait()
+
+    def has_processes(self) -> bool:
+        """Whether anything that it started is left, itself included."""
+        return self._signal_group(0)
 
     def _spawn(self) -> subprocess.Popen:
         with self.log.open("ab") as out:

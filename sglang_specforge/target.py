@@ -98,7 +98,7 @@ def _load_weight(folder: Path, module: str) -> torch.Tensor | None:
     if packed:
         raise TargetError(
             f"target {folder} has a quantized {module} ({packed}), which a draft cannot be trained against; give a "
-            f"checkpoint whose embedding and lm_head are not quantized"
+            "checkpoint whose embedding and lm_head are not quantized"
         )
     return weight
 

@@ -1,5 +1,6 @@
 """Real SGLang servers on this machine's CPU, one at a time, and the requests that the tests make."""
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -105,6 +106,11 @@ def assert_every_token_is_accounted_for(status: dict[str, Any]) -> None:
     tokens = status["tokens"]
     fates = tokens["trained"] + tokens["held_out"] + tokens["buffered"] + sum(tokens["dropped"].values())
     assert tokens["captured"] == fates, tokens
+
+
+def customize_servers(monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    """Servers that are started from here on run the ``sitecustomize`` of a folder beside this file."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / folder), prepend=os.pathsep)
 
 
 def training_flag(name: str) -> str:

@@ -6,7 +6,6 @@ states arrive aligned (parity), that a swap reaches every rank, and that the out
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -15,6 +14,7 @@ from tests.e2e.conftest import (
     TARGET,
     TRAINING,
     assert_every_token_is_accounted_for,
+    customize_servers,
     outputs,
     prompts,
     settled,
@@ -117,7 +117,7 @@ def test_bf16_and_overridden_rotary_settings_from_a_draft_made_by_hand(start, tm
 
 
 def test_a_quantized_target_gets_drafts_as_trained(start, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "fp8_on_cpu"))
+    customize_servers(monkeypatch, "fp8_on_cpu")
     client = start("--dtype", "bfloat16", NO_CACHE, "--quantization", "w8a8_fp8", training=STEADY)
     info = client.get("/server_info").json()
     assert info["quantization"] == "w8a8_fp8"

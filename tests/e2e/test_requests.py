@@ -1,7 +1,6 @@
 """The ways that a request can go through a server; after each, every captured token has a fate."""
 
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -105,21 +104,13 @@ def test_streams_that_clients_leave_are_closed_and_counted(client, accounted):
     wait_for("no open request", lambda: settled(client)["tokens"]["in_flight"] == 0)
 
 
-def is_gone(group):
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return True
-    return False
-
-
 def test_a_start_that_fails_says_why_and_leaves_no_process(tmp_path):
     unservable = ["--model-path", TARGET, "--dtype", "float32", "--quantization", "w8a8_int8"]  # a scheduler finds out
     flags = ["--enable-draft-training", "--draft-training-run-dir", tmp_path / "run"]
     server = ServerProcess(tmp_path / "log", [*unservable, *flags])
     try:
         assert server.process.wait(120) != 0
-        wait_for("no process of its group", lambda: is_gone(server.process.pid), 20)
+        wait_for("no process of its group", lambda: not server.has_processes(), 20)
         log = server.log.read_text()
         assert "torch.float32 is not supported for quantization method w8a8_int8" in log
         assert "server_patches" not in log

@@ -11,7 +11,6 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import httpx
 import hypothesis
@@ -23,7 +22,7 @@ from schemathesis.generation import GenerationMode
 
 from sglang_specforge.checkpoint import content_of
 from sglang_specforge.traffic import stream_prompts
-from tests.e2e.conftest import TRAINING, prompts, wait_for
+from tests.e2e.conftest import TRAINING, customize_servers, prompts, wait_for
 
 CLI = [sys.executable, "-m", "sglang_specforge"]
 LEARNING = {
@@ -346,10 +345,6 @@ def cases(operation, count):
     return found
 
 
-def with_faults(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "faults"), prepend=os.pathsep)
-
-
 def test_replicas_compare_drafts_at_the_same_time(start, drafts, reference):
     client = start("--dtype", "float32", training=NOTHING, dp=2)
     versions = [add(client, draft) for draft in drafts]
@@ -430,7 +425,7 @@ def test_where_one_server_is_taken_none_takes_part_and_the_reason_is_told(two_se
 
 @pytest.fixture
 def two_ranks(start, drafts, monkeypatch):
-    with_faults(monkeypatch)
+    customize_servers(monkeypatch, "faults")
     return start("--dtype", "float32", training=NOTHING | {"bank_on": "host", "bank_load_max_mb_s": 100}, tp=2)
 
 
