@@ -1,5 +1,6 @@
 """``sglang-specforge prepare-data``."""
 
+import json
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,9 +19,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sglang_specforge.client import ApiKey, fail, or_fail
 from sglang_specforge.new_draft import coverage
-from sglang_specforge.prepare.conversations import Layout, Skipped, read_rows, to_messages
+from sglang_specforge.prepare.conversations import Conversation, Layout, Skipped, read_rows, to_conversation
 from sglang_specforge.prepare.regenerate import Regenerator
-from sglang_specforge.prepare.tokens import ChatTokens, LossOn
+from sglang_specforge.prepare.tokens import ChatTokens, Encoded, LossOn
 from sglang_specforge.prepared import SCHEMA, Prepared
 
 console = Console()
@@ -36,6 +37,12 @@ def prepare_data(
     layout: Annotated[Layout, typer.Option(help="Of the rows; auto looks at their columns.")] = "auto",
     split: Annotated[str, typer.Option(help="Of a Hugging Face dataset.")] = "train",
     loss_on: Annotated[LossOn, typer.Option(help="Assistants' turns that are learnt.")] = "all",
+    chat_template_kwargs: Annotated[
+        str,
+        typer.Option(
+            help="Settings of the chat template, as in requests, for instance '{\"enable_thinking\": false}'."
+        ),
+    ] = "{}",
     min_tokens: Annotated[int, typer.Option(min=2, help="Shorter sequences are skipped.")] = 8,
     max_tokens: Annotated[int, typer.Option(min=8, help="Longer sequences are skipped.")] = 4096,
     limit: Annotated[int | None, typer.Option(min=1, help="Sequences to write at most.")] = None,
@@ -54,7 +61,7 @@ def prepare_data(
     """
     if min_tokens > max_tokens:
         fail(f"--min-tokens {min_tokens} is more than --max-tokens {max_tokens}: no sequence could be written")
-    chat = ChatTokens(_load_tokenizer(tokenizer), loss_on)
+    chat = ChatTokens(_load_tokenizer(tokenizer), loss_on, _parse_settings(chat_template_kwargs))
     kept = out.with_name(out.name + ".answers.jsonl")
     with or_fail():
         regenerator = Regenerator(regenerate, api_key, kept, max_new_tokens, temperature) if regenerate else None
@@ -79,6 +86,16 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         fail(f"there is no tokenizer in {name!r} ({error}); give the target's folder, or its Hugging Face name")
 
 
+def _parse_settings(text: str) -> dict[str, Any]:
+    try:
+        settings = json.loads(text)
+    except ValueError as error:
+        fail(f"--chat-template-kwargs {text!r} is no JSON: {error}")
+    if not isinstance(settings, dict):
+        fail(f'--chat-template-kwargs {text!r} is no JSON object, as {{"enable_thinking": false}} is')
+    return settings
+
+
 class Preparation:
     """Rows in, sequences out, in the same order; what is skipped is counted by reason."""
 
@@ -88,17 +105,14 @@ class Preparation:
         self._chat, self._layout, self._bounds, self._regenerator = chat, layout, bounds, regenerator
         self.skipped: Counter[str] = Counter()
         self.counts_V = torch.zeros(chat.vocab_size, dtype=torch.int64)
-        self._written = self._tokens = self._learnt = 0
+        self._seen: set[str] = set()
+        self._written = self._tokens = self._learnt = self._rows = 0
 
     def sequences(self, rows: Iterable[dict[str, Any]], limit: int | None, workers: int) -> Iterator[Prepared]:
-        seen: set[str] = set()
-        for made in _in_order(self._make, rows, workers):
-            if isinstance(made, Skipped):
-                self.skipped[str(made)] += 1
-            elif made.id in seen:
-                self.skipped["the same as another"] += 1
-            else:
-                seen.add(made.id)
+        for row in _in_order(self._make, rows, workers):
+            fresh = [made for made in row if self._is_fresh(made)]
+            self._rows += bool(fresh)
+            for made in fresh:
                 self._count(made)
                 yield made
                 if self._written == limit:
@@ -109,7 +123,8 @@ class Preparation:
 
     def report(self) -> Table:
         table = Table(show_header=False, title="prepared")
-        table.add_row("sequences", f"{self._written:,}")
+        rows = f", of {self._rows:,} rows" if self._rows != self._written else ""
+        table.add_row("sequences", f"{self._written:,}{rows}")
         table.add_row("tokens", f"{self._tokens:,}, {self._learnt:,} of them learnt")
         if self._regenerator is not None:
             table.add_row("answers kept from before", f"{self._regenerator.kept_before:,}")
@@ -117,38 +132,62 @@ class Preparation:
             table.add_row("skipped", f"{count:,}: {reason}")
         return table
 
-    def _make(self, row: dict[str, Any]) -> Prepared | Skipped:
-        shortest, longest = self._bounds
+    def _is_fresh(self, made: Prepared | Skipped) -> bool:
+        if isinstance(made, Skipped):
+            self.skipped[str(made)] += 1
+        elif made.id in self._seen:
+            self.skipped["the same as another"] += 1
+        else:
+            self._seen.add(made.id)
+            return True
+        return False
+
+    def _make(self, row: dict[str, Any]) -> list[Prepared | Skipped]:
         try:
-            ids, mask = self._encode(row)
+            return [self._checked(found, row["slice"]) for found in self._encode(row)]
         except Skipped as reason:
-            return reason
-        if len(ids) < shortest:
+            return [reason]
+
+    def _checked(self, found: Encoded | Skipped, slice_name: str) -> Prepared | Skipped:
+        shortest, longest = self._bounds
+        if isinstance(found, Skipped):
+            return found
+        if len(found.ids) < shortest:
             return Skipped(f"shorter than {shortest} tokens")
-        if len(ids) > longest:
+        if len(found.ids) > longest:
             return Skipped(f"longer than {longest} tokens")
-        return Prepared.of(ids, mask, row["slice"]) if any(mask) else Skipped("nothing to learn")
+        return Prepared.of(*found, slice_name) if any(found.mask) else Skipped("nothing to learn")
 
-    def _encode(self, row: dict[str, Any]) -> tuple[list[int], list[bool]]:
-        messages = to_messages(row, self._layout)
-        if isinstance(messages, str):
-            return self._chat.encode_text(messages)
-        return self._regenerated(messages) if self._regenerator is not None else self._chat.encode(messages)
+    def _encode(self, row: dict[str, Any]) -> list[Encoded | Skipped]:
+        conversation = to_conversation(row, self._layout)
+        if isinstance(conversation, str):
+            return [self._chat.encode_text(conversation)]
+        if self._regenerator is None or not conversation.turns:
+            return self._chat.encode(conversation)
+        return self._regenerated(conversation)
 
-    def _regenerated(self, messages: list[dict[str, str]]) -> tuple[list[int], list[bool]]:
-        """Each assistant's turn anew, in order. The last one's tokens are exactly those that the target gave."""
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        if not turns:
-            raise Skipped("no assistant's turn")
-        messages = [dict(message) for message in messages]
-        for turn in turns:
-            prompt_ids = self._chat.prompt(messages[:turn])
-            if len(prompt_ids) >= self._bounds[1]:
-                raise Skipped(f"longer than {self._bounds[1]} tokens")
-            answer_ids = self._regenerator.answer(prompt_ids)
-            messages[turn]["content"] = self._chat.answer(answer_ids)
-        before = self._chat.mask_of_prompt(messages[: turns[-1]], prompt_ids)
-        return prompt_ids + answer_ids, before + [True] * len(answer_ids)
+    def _regenerated(self, conversation: Conversation) -> list[Encoded | Skipped]:
+        """Each assistant's turn anew, in order, until one can't be: those before it are kept.
+
+        Turns that call tools stay as they are, for what the tools said answers them.
+        """
+        messages = [dict(message) for message in conversation.messages]
+        conversation, turns, ended = conversation._replace(messages=messages), [], []
+        try:
+            for turn in conversation.turns:
+                if "tool_calls" in messages[turn]:
+                    turns.append(self._chat.turn(conversation, turn))
+                    continue
+                prompt = self._chat.prompt(conversation.until(turn))
+                if len(prompt) >= self._bounds[1]:
+                    raise Skipped(f"longer than {self._bounds[1]} tokens")
+                answer = self._regenerator.answer(prompt)
+                turns.append(Encoded.answer(prompt, answer))
+                if turn != conversation.turns[-1]:
+                    messages[turn] = {"role": "assistant", "content": self._chat.text(answer)}
+        except Skipped as reason:
+            ended = [reason]
+        return [*self._chat.joined(turns), *ended]
 
     def _count(self, made: Prepared) -> None:
         self._written, self._tokens = self._written + 1, self._tokens + len(made.input_ids)

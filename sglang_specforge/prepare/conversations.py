@@ -1,23 +1,41 @@
-"""Rows of a dataset as messages, whatever their layout."""
+"""Rows of a dataset as conversations, whatever their layout."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import datasets
 
-Message = dict[str, str]  # role and content
+Message = dict[str, Any]  # role and content, and what else chat templates read
 Layout = Literal["auto", "sharegpt", "ultrachat", "messages", "text"]
 
 _ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
-    "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "system": "system", "tool": "tool",
+    "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "system": "system", "developer": "developer",
+    "tool": "tool",
 }  # fmt: skip
+_READ_BY_TEMPLATES = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
 _BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
 
 
 class Skipped(ValueError):
-    """A row that gives nothing to learn from; the message is the reason it is counted under."""
+    """A row, or a part of it, that gives nothing to learn from; the message is the reason it is counted under."""
+
+
+class Conversation(NamedTuple):
+    """What a chat template renders."""
+
+    messages: list[Message]
+    tools: list[Any] | None = None  # that the assistant may call, as in a request to OpenAI's API
+
+    @property
+    def turns(self) -> list[int]:
+        """Where the assistant's messages are."""
+        return [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+
+    def until(self, end: int) -> "Conversation":
+        return self._replace(messages=self.messages[:end])
 
 
 def read_rows(source: str, split: str) -> Iterator[dict[str, Any]]:
@@ -47,8 +65,8 @@ def read_rows(source: str, split: str) -> Iterator[dict[str, Any]]:
         raise ValueError(f"{source} cannot be read: {error}; mend it, or leave it out") from error
 
 
-def to_messages(row: dict[str, Any], layout: Layout) -> list[Message] | str:
-    """Messages of a conversation, or the text of a plain one.
+def to_conversation(row: dict[str, Any], layout: Layout) -> Conversation | str:
+    """A row's conversation, with the tools of a column of that name, or its plain text.
 
     ``sharegpt`` reads ``conversations`` (``from`` and ``value``), ``ultrachat`` the alternating strings of ``data``,
     ``messages`` those of OpenAI's API, ``text`` the column of that name; ``auto`` takes the first that has its column.
@@ -60,12 +78,13 @@ def to_messages(row: dict[str, Any], layout: Layout) -> list[Message] | str:
         if layout in (name, "auto") and row.get(column):
             if not isinstance(row[column], kind):
                 raise Skipped(f"{column} is no {kind.__name__}")
-            return read(row[column])
+            found = read(row[column])
+            return found if isinstance(found, str) else Conversation(found, _tools(row.get("tools")))
     raise Skipped("not of the layout" if layout != "auto" else "of no known layout")
 
 
 def _sharegpt(turns: list[dict[str, Any]]) -> list[Message]:
-    return [_message(_part(turn, "from", "role"), _part(turn, "value", "content")) for turn in turns]
+    return [_message(_part(turn, "from", "role"), _part(turn, "value", "content"), turn) for turn in turns]
 
 
 def _ultrachat(turns: list[str]) -> list[Message]:
@@ -73,7 +92,7 @@ def _ultrachat(turns: list[str]) -> list[Message]:
 
 
 def _messages(turns: list[dict[str, Any]]) -> list[Message]:
-    return [_message(_part(turn, "role"), _text(_part(turn, "content"))) for turn in turns]
+    return [_message(_part(turn, "role"), _text(_part(turn, "content")), turn) for turn in turns]
 
 
 def _part(turn: Any, *names: str) -> Any:
@@ -90,12 +109,48 @@ def _text(content: Any) -> Any:
     return content
 
 
-def _message(role: Any, content: Any) -> Message:
+def _message(role: Any, content: Any, turn: dict[str, Any] | None = None) -> Message:
     if role not in _ROLES:
         raise Skipped(f"role {role!r} is unknown")
+    beside = {key: _present((turn or {})[key]) for key in _READ_BY_TEMPLATES if (turn or {}).get(key)}
+    if "tool_calls" in beside:
+        beside["tool_calls"] = [_tool_call(call) for call in _parsed(beside["tool_calls"], list, "tool_calls")]
+        content = content or ""
     if not isinstance(content, str):
         raise Skipped("content is no text")
-    return {"role": _ROLES[role], "content": content}
+    return {"role": _ROLES[role], "content": content, **beside}
+
+
+def _tool_call(call: Any) -> Any:
+    """Arguments are an object for the template, as SGLang has them (``normalize_assistant_tool_call_arguments``)."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        raise Skipped("a tool call has no function")
+    arguments = _parsed(function.get("arguments") or {}, dict, "a tool call's arguments")
+    return {**call, "function": {**function, "arguments": arguments}}
+
+
+def _tools(tools: Any) -> list[Any] | None:
+    return _parsed(_present(tools), list, "tools") if tools else None
+
+
+def _parsed(value: Any, kind: type, name: str) -> Any:
+    """Datasets keep what has no fixed columns as JSON."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise Skipped(f"{name} is no JSON") from None
+    if not isinstance(value, kind):
+        raise Skipped(f"{name} is no {kind.__name__}")
+    return value
+
+
+def _present(value: Any) -> Any:
+    """Without the keys that Arrow gives to every object where only others have them."""
+    if isinstance(value, dict):
+        return {key: _present(item) for key, item in value.items() if item is not None}
+    return [_present(item) for item in value] if isinstance(value, list) else value
 
 
 _LAYOUTS = (

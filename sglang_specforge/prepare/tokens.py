@@ -1,80 +1,94 @@
-"""Messages into token ids, and which of them an assistant would have to produce."""
+"""Conversations into token ids, and which of them an assistant would have to produce."""
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from sglang_specforge.prepare.conversations import Message, Skipped
+from sglang_specforge.prepare.conversations import Conversation, Skipped
 
 LossOn = Literal["all", "last"]
-_UNSTABLE = "the chat template renders a turn differently once others follow"
+
+
+class Encoded(NamedTuple):
+    """A sequence of tokens and its loss mask."""
+
+    ids: list[int]
+    mask: list[bool]
+
+    @classmethod
+    def answer(cls, prompt: list[int], answer: list[int]) -> "Encoded":
+        return cls(prompt + answer, [False] * len(prompt) + [True] * len(answer))
 
 
 class ChatTokens:
-    """Applies the tokenizer's chat template.
+    """Applies the tokenizer's chat template, with ``settings`` as in ``chat_template_kwargs`` of a request to SGLang.
 
     Assistants' tokens are those that the template marks as generated. Where it marks none, they are what each
-    assistant's turn adds to the prompt before it; a template that renders the prompt differently once the answer
-    follows is found out, and the conversation skipped.
+    assistant's turn adds to the prompt before it. A template may render a turn differently once others follow, as
+    those do that leave out what was thought before: then a conversation is several sequences, each ending with the
+    turns that it holds as they were produced.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> None:
-        self._tokenizer, self._loss_on = tokenizer, loss_on
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn, settings: dict[str, Any] | None = None
+    ) -> None:
+        self._tokenizer, self._loss_on, self._settings = tokenizer, loss_on, settings or {}
         self.vocab_size = len(tokenizer)
         self._marks = bool(tokenizer.chat_template) and "generation" in _statements(tokenizer.get_chat_template())
+        self._special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
 
-    def encode(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
-        """Token ids of a conversation and their loss mask. Raises Skipped."""
-        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    def encode(self, conversation: Conversation) -> list[Encoded]:
+        """Raises Skipped."""
+        turns = conversation.turns
         if not turns:
             raise Skipped("no assistant's turn")
-        messages = messages[: turns[-1] + 1]
-        if self._marks:
-            ids, mask = self._marked(messages)
-        else:
-            ids, mask = self._by_prefixes(messages, turns)
-        return (ids, mask) if self._loss_on == "all" else (ids, _last_run(mask))
+        if not self._marks:
+            return self.joined([self.turn(conversation, turn) for turn in turns])
+        found = self._apply(conversation.until(turns[-1] + 1), return_assistant_tokens_mask=True)
+        mask = [bool(m) for m in found["assistant_masks"]]
+        return [Encoded(list(found["input_ids"]), mask if self._loss_on == "all" else _last_run(mask))]
 
-    def prompt(self, messages: list[Message]) -> list[int]:
+    def turn(self, conversation: Conversation, turn: int) -> Encoded:
+        """One assistant's turn, after its prompt. Raises Skipped."""
+        prompt, ids = self.prompt(conversation.until(turn)), self._render(conversation.until(turn + 1))
+        if ids[: len(prompt)] != prompt:
+            raise Skipped("the chat template renders a prompt differently once its answer follows")
+        return Encoded.answer(prompt, ids[len(prompt) :])
+
+    def joined(self, turns: list[Encoded]) -> list[Encoded]:
+        """Turns of one conversation as few sequences: one that begins with the whole of the one before holds it."""
+        sequences: list[Encoded] = []
+        for ids, mask in turns if self._loss_on == "all" else turns[-1:]:
+            if sequences and ids[: len(sequences[-1].ids)] == sequences[-1].ids:
+                held = sequences.pop().mask
+                mask = held + mask[len(held) :]
+            sequences.append(Encoded(ids, mask))
+        return sequences
+
+    def prompt(self, conversation: Conversation) -> list[int]:
         """Token ids that an assistant's answer would follow."""
-        return self._render(messages, add_generation_prompt=True)
+        return self._render(conversation, add_generation_prompt=True)
 
-    def mask_of_prompt(self, messages: list[Message], prompt_ids: list[int]) -> list[bool]:
-        """Loss mask of the prompt after ``messages``: their assistants' turns. Raises Skipped."""
-        if self._loss_on == "last" or not any(message["role"] == "assistant" for message in messages):
-            return [False] * len(prompt_ids)
-        ids, mask = self.encode(messages)
-        if prompt_ids[: len(ids)] != ids:
-            raise Skipped(_UNSTABLE)
-        return mask + [False] * (len(prompt_ids) - len(ids))
+    def text(self, answer: list[int]) -> str:
+        """What an answer is as a message. Raises Skipped where the text would lose what its special tokens say."""
+        end = len(answer)
+        while end and answer[end - 1] in self._special:
+            end -= 1
+        if self._special.intersection(answer[:end]):
+            raise Skipped("turns after one with special tokens inside")
+        return self._tokenizer.decode(answer[:end])
 
-    def answer(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
-
-    def encode_text(self, text: str) -> tuple[list[int], list[bool]]:
+    def encode_text(self, text: str) -> Encoded:
         """Plain text is learnt as a whole."""
-        ids = self._tokenizer(text).input_ids
-        return ids, [True] * len(ids)
+        return Encoded.answer([], self._tokenizer(text).input_ids)
 
-    def _marked(self, messages: list[Message]) -> tuple[list[int], list[bool]]:
-        found = self._apply(messages, return_dict=True, return_assistant_tokens_mask=True)
-        return list(found["input_ids"]), [bool(m) for m in found["assistant_masks"]]
+    def _render(self, conversation: Conversation, add_generation_prompt: bool = False) -> list[int]:
+        return list(self._apply(conversation, add_generation_prompt=add_generation_prompt)["input_ids"])
 
-    def _by_prefixes(self, messages: list[Message], turns: list[int]) -> tuple[list[int], list[bool]]:
-        ids, mask = self._render(messages), []
-        for turn in turns:
-            before, after = self.prompt(messages[:turn]), self._render(messages[: turn + 1])
-            if after[: len(before)] != before or ids[: len(after)] != after:
-                raise Skipped(_UNSTABLE)
-            mask += [False] * (len(before) - len(mask)) + [True] * (len(after) - len(before))
-        return ids, mask + [False] * (len(ids) - len(mask))
-
-    def _render(self, messages: list[Message], add_generation_prompt: bool = False) -> list[int]:
-        return list(self._apply(messages, return_dict=True, add_generation_prompt=add_generation_prompt)["input_ids"])
-
-    def _apply(self, messages: list[Message], **kwargs: Any) -> Any:
+    def _apply(self, conversation: Conversation, **kwargs: Any) -> Any:
+        given = {"tokenize": True, "return_dict": True, "tools": conversation.tools}
         try:
-            return self._tokenizer.apply_chat_template(messages, tokenize=True, **kwargs)
+            return self._tokenizer.apply_chat_template(conversation.messages, **{**self._settings, **given, **kwargs})
         except Exception as error:  # templates raise what their authors chose
             raise Skipped(f"the chat template refuses it: {error}") from error
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from sglang_specforge.checkpoint import read_tensors
 from sglang_specforge.cli import app
-from sglang_specforge.prepare.conversations import Skipped, to_messages
+from sglang_specforge.prepare.conversations import Conversation, Skipped, to_conversation
 from sglang_specforge.prepare.tokens import ChatTokens
 from sglang_specforge.prepared import PreparedError, PreparedFile
 
@@ -23,7 +23,7 @@ UNMARKED = (
     "{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 # As templates do that leave out what was thought in earlier turns.
-FORGETFUL = UNMARKED.replace("m['content']", "m['content'] if loop.last else m['content'][:2]")
+FORGETFUL = UNMARKED.replace("m['content']", "(m['content'] if loop.last or m['role'] == 'user' else m['content'][:2])")
 
 
 @pytest.fixture
@@ -41,14 +41,14 @@ def tokenizer():
     ids=["sharegpt", "ultrachat", "messages"],
 )
 def test_every_layout_gives_the_same_messages(row):
-    assert to_messages(row, "auto") == MESSAGES
+    assert to_conversation(row, "auto") == Conversation(MESSAGES)
 
 
 def test_rows_of_no_layout_are_skipped_by_reason():
     with pytest.raises(Skipped, match="no known layout"):
-        to_messages({"prompt": "x"}, "auto")
+        to_conversation({"prompt": "x"}, "auto")
     with pytest.raises(Skipped, match="role 'narrator' is unknown"):
-        to_messages({"messages": [{"role": "narrator", "content": "x"}]}, "auto")
+        to_conversation({"messages": [{"role": "narrator", "content": "x"}]}, "auto")
 
 
 @pytest.mark.parametrize(
@@ -63,14 +63,13 @@ def test_rows_of_no_layout_are_skipped_by_reason():
 )
 def test_rows_that_only_look_like_a_layout_are_skipped_by_reason(row, reason):
     with pytest.raises(Skipped, match=reason):
-        to_messages(row, "auto")
+        to_conversation(row, "auto")
 
 
 def test_content_in_parts_of_text_is_one_text():
     parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b"}]
-    assert to_messages({"messages": [{"role": "user", "content": parts}]}, "auto") == [
-        {"role": "user", "content": "a b"}
-    ]
+    found = to_conversation({"messages": [{"role": "user", "content": parts}]}, "auto")
+    assert found.messages == [{"role": "user", "content": "a b"}]
 
 
 def learnt(tokenizer, ids, mask):
@@ -80,22 +79,84 @@ def learnt(tokenizer, ids, mask):
 @pytest.mark.parametrize("template", [None, UNMARKED])
 def test_assistants_turns_are_learnt_whether_the_template_marks_them_or_not(tokenizer, template):
     tokenizer.chat_template = template or tokenizer.chat_template
-    ids, mask = ChatTokens(tokenizer, "all").encode(MESSAGES)
+    ((ids, mask),) = ChatTokens(tokenizer, "all").encode(Conversation(MESSAGES))
     assert learnt(tokenizer, ids, mask) == "return x</s>no</s>"
-    ids, mask = ChatTokens(tokenizer, "last").encode(MESSAGES)
+    ((ids, mask),) = ChatTokens(tokenizer, "last").encode(Conversation(MESSAGES))
     assert learnt(tokenizer, ids, mask) == "no</s>"
     assert "return x" in tokenizer.decode(ids)
 
 
-def test_a_template_that_renders_turns_differently_later_is_found_out(tokenizer):
+def test_where_later_turns_change_how_an_answer_is_rendered_each_is_learnt_as_it_was_served(tokenizer):
     tokenizer.chat_template = FORGETFUL
-    with pytest.raises(Skipped, match="renders a turn differently once others follow"):
-        ChatTokens(tokenizer, "all").encode(MESSAGES)
+    chat = ChatTokens(tokenizer, "all")
+    first, second = chat.encode(Conversation(MESSAGES))
+    assert learnt(tokenizer, *first) == "return x</s>"
+    assert learnt(tokenizer, *second) == "no</s>"
+    assert tokenizer.decode(second.ids) == tokenizer.decode(chat.prompt(Conversation(MESSAGES[:3]))) + "no</s>"
+    assert "return x" not in tokenizer.decode(second.ids)
+    assert ChatTokens(tokenizer, "last").encode(Conversation(MESSAGES)) == [second]
+
+
+def test_a_template_whose_prompt_ends_otherwise_than_a_rendered_answer_begins_is_found_out(tokenizer):
+    tokenizer.chat_template = UNMARKED.replace("%}<|assistant|>{%", "%}<|assistant|>think{%")
+    with pytest.raises(Skipped, match="renders a prompt differently once its answer follows"):
+        ChatTokens(tokenizer, "all").encode(Conversation(MESSAGES))
+
+
+def test_tools_calls_and_thoughts_come_to_the_template_as_sglang_gives_them(tmp_path, tokenizer):
+    """Through a file with other rows, whose columns Arrow lends to all."""
+    tokenizer.chat_template = (
+        "{% for t in tools or [] %}[{{ t.function.name }}:{{ t.function.parameters | tojson }}]{% endfor %}"
+        "{% for m in messages %}<{{ m.role }}>{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}"
+        "{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.name }}"
+        "{% for k, v in c.function.arguments.items() %} {{ k }}={{ v }}{% endfor %}{% endfor %}"
+        "{{ m.tool_call_id or '' }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    call = {"id": "c1", "type": "function", "function": {"name": "find", "arguments": '{"city": "Rome"}'}}
+    tool = {"type": "function", "function": {"name": "find", "parameters": {"city": {"type": "string"}}}}
+    other = {"type": "function", "function": {"name": "add", "parameters": {"a": {"type": "int"}}}}
+    turns = [
+        {"role": "developer", "content": "be brief"},
+        {"role": "user", "content": "weather?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "rain", "tool_call_id": "c1"},
+        {"role": "assistant", "content": "It rains.", "reasoning_content": "so"},
+    ]
+    broken = {**call, "function": {"name": "find", "arguments": "{"}}
+    rows = [
+        {"messages": turns, "tools": [tool]},
+        {"messages": MESSAGES, "tools": [other]},
+        {"messages": [*turns[:2], {**turns[2], "tool_calls": [broken]}]},
+    ]
+    done = prepare(tmp_path, rows, "--tokenizer", tmp_path / "tokenizer")
+    assert done.exit_code == 0, done.output
+    assert "1: a tool call's arguments is no JSON" in done.output
+    first, second = PreparedFile(tmp_path / "out.parquet")
+    assert tokenizer.decode(first.input_ids) == (
+        '[find:{"city": {"type": "string"}}]<developer>be brief<user>weather?<assistant>find city=Rome'
+        "<tool>rainc1<assistant>(so)It rains."
+    )
+    assert learnt(tokenizer, first.input_ids, first.loss_mask) == "find city=Rome(so)It rains."
+    assert tokenizer.decode(second.input_ids).startswith('[add:{"a": {"type": "int"}}]')
+
+
+def test_settings_of_the_template_reach_it_and_must_be_an_object(tmp_path, tokenizer):
+    tokenizer.chat_template = UNMARKED.replace("%}<|assistant|>{%", "%}<|assistant|>{{ '' if calm else 'think' }}{%")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    given = ("--tokenizer", tmp_path / "tokenizer", "--chat-template-kwargs")
+    assert prepare(tmp_path, [{"messages": MESSAGES}], *given, '{"calm": true}').exit_code == 0
+    assert prepare(tmp_path, [{"messages": MESSAGES}], *given, '{"calm": false}').exit_code == 2
+    for wrong in ("calm", "[1]"):
+        assert "--chat-template-kwargs" in prepare(tmp_path, [{"messages": MESSAGES}], *given, wrong).output
 
 
 def prepare(tmp_path, rows, *options):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = ["prepare-data", tmp_path / "rows.jsonl", "--out", tmp_path / "out.parquet", "--tokenizer", TOKENIZER]
+    command = ["prepare-data", tmp_path / "rows.jsonl", "--out", tmp_path / "out.parquet"]
+    if "--tokenizer" not in options:
+        command += ["--tokenizer", TOKENIZER]
     return CliRunner().invoke(app, [str(part) for part in (*command, *options)])
 
 
@@ -187,6 +248,51 @@ def test_regenerated_answers_are_the_targets_tokens_and_are_asked_for_once(tmp_p
     assert sum(first.loss_mask) > 3  # the first turn is learnt too
     assert second.input_ids[-3:] == [24, 30, 1]
     assert not (tmp_path / "out.parquet.answers.jsonl").exists()
+
+
+CALLING = {"role": "assistant", "content": "f()", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+
+
+@pytest.mark.parametrize(
+    ("turns", "answers", "sequences", "asked", "said"),
+    [
+        (MESSAGES, [[40, 41, 1], [50, 1]], [[40, 41, 1], [50, 1]], 2, "2, of 1 rows"),
+        (
+            MESSAGES,
+            [[40, 0, 41, 1], [50, 1]],
+            [[40, 0, 41, 1]],
+            1,
+            "1: turns after one with special tokens inside",
+        ),
+        (MESSAGES, [[40, 41, 1], None], [[40, 41, 1]], 2, "1: refused by the server"),
+        ([MESSAGES[0], CALLING, *MESSAGES[2:]], [[50, 1]], [["f()</s>"], [50, 1]], 1, "2, of 1 rows"),
+    ],
+    ids=["forgotten", "special", "refused", "calling"],
+)
+def test_regenerated_turns_are_learnt_until_one_cannot_be(
+    tmp_path, monkeypatch, tokenizer, turns, answers, sequences, asked, said
+):
+    """Of a template that leaves out of earlier answers what it showed when they were given."""
+    tokenizer.chat_template = FORGETFUL
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    prompts = []
+
+    def post(client, path, json):
+        prompts.append(json["input_ids"])
+        answer = answers[len(prompts) - 1]
+        request = httpx.Request("POST", "http://s/generate")
+        return httpx.Response(200 if answer else 400, json={"output_ids": answer}, request=request)
+
+    monkeypatch.setattr(httpx.Client, "post", post)
+    given = ("--tokenizer", tmp_path / "tokenizer", "--regenerate", "http://s", "--min-tokens", 2)
+    done = prepare(tmp_path, [{"messages": turns}], *given)
+    assert done.exit_code == 0, done.output
+    assert said in done.output
+    assert len(prompts) == asked
+    found = [
+        [i for i, m in zip(s.input_ids, s.loss_mask, strict=True) if m] for s in PreparedFile(tmp_path / "out.parquet")
+    ]
+    assert found == [tokenizer(s[0]).input_ids if isinstance(s[0], str) else s for s in sequences]
 
 
 def test_a_draft_vocabulary_is_the_datas_most_frequent_tokens(tmp_path, tokenizer):
