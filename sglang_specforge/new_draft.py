@@ -132,9 +132,12 @@ def _read_given(folder: Path) -> dict[str, torch.Tensor]:
     if (folder / "model.safetensors").exists() or not file.exists():
         return read_tensors(folder)
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        tensors = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # of rubbish, the unpickler raises anything
         raise CheckpointError(f"draft checkpoint {folder}: {file.name} cannot be read: {error}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise CheckpointError(f"draft checkpoint {folder}: {file.name} holds something else than tensors by name")
+    return tensors
 
 
 def draft_config(target: PretrainedConfig, draft_vocab_size: int, dtype: str, fingerprint: str) -> dict[str, Any]:

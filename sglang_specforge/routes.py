@@ -162,7 +162,7 @@ def make_router(service: ControlService, run: Run) -> APIRouter:
     @router.post("/versions")
     async def add_version(body: NewVersion, request: Request) -> dict[str, Any]:
         """Make a checkpoint from the server's disk a version, load it on every rank, and activate it. A checkpoint
-        that is a version already keeps its number."""
+        that is a version already keeps its number; one of another trainer's is taken in as at start."""
         with _answered():
             version = await swaps.add(body.path, _who(request))
             if body.activate:
@@ -205,7 +205,7 @@ def make_router(service: ControlService, run: Run) -> APIRouter:
 
     @router.post("/drafting")
     async def set_drafting(body: DraftingMode, request: Request) -> dict[str, str]:
-        """Whether steps draft: always, never, or (auto) while it makes answers faster. Until the server ends."""
+        """Whether steps draft: always, never, or (auto) while it makes answers faster; also after a restart."""
         with _answered():
             service.drafting.set_mode(body.mode, _who(request), body.why)
         return {"mode": service.drafting.mode}

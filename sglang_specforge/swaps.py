@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from sglang_specforge.audit import AuditLog
-from sglang_specforge.checkpoint import CheckpointError
+from sglang_specforge.checkpoint import FINGERPRINT_KEY, CheckpointError, load_config
 from sglang_specforge.manifest import Drafting, Manifest, Mode
+from sglang_specforge.new_draft import import_draft
 from sglang_specforge.settings import Run
+from sglang_specforge.target import TargetError
 from sglang_specforge.uploads import Uploads
 from sglang_specforge.versions import VersionFolder
 
@@ -125,20 +127,31 @@ class Swaps:
         """Make a checkpoint a version of the run folder; returns its number. Trainers' come and go, others are kept.
 
         Raises:
-            CheckpointError: it cannot be read or copied.
+            CheckpointError: it cannot be read or copied, or is another trainer's and does not fit the target.
         """
         if number := self.versions.number(checkpoint):
             return self.known(number)
         before = self.versions.newest() or 0
         keep = self._run.settings.keep_versions
-        version = await asyncio.to_thread(self.versions.adopt, checkpoint, keep)
-        self.uploads.forget(checkpoint)
+        ours = await asyncio.to_thread(self._in_our_layout, checkpoint)
+        version = await asyncio.to_thread(self.versions.adopt, ours, keep)
+        for copied in (ours, checkpoint):
+            self.uploads.forget(copied)
         if version > before:
             self.audit.write("added", who, version=version, path=checkpoint)
             if not by_trainer:
                 self._manifest.keep(version)
                 self._note()
         return version
+
+    def _in_our_layout(self, checkpoint: Path) -> Path:
+        """The checkpoint itself, or what ``import_draft`` makes of one that says no target, as other trainers' do."""
+        if FINGERPRINT_KEY in load_config(checkpoint):
+            return checkpoint
+        try:
+            return import_draft(checkpoint, Path(self._run.target_path), self.uploads.new())
+        except (OSError, TargetError) as error:
+            raise CheckpointError(f"draft checkpoint {checkpoint} cannot be taken in: {error}") from error
 
     def known(self, version: int) -> int:
         """The version itself, where there is one. Raises UnknownVersion."""

@@ -1,4 +1,5 @@
-"""Checkpoints that come over HTTP: kept in ``uploads/`` of the run folder until they are a version, or too old."""
+"""Checkpoints that come over HTTP, or from other trainers: in ``uploads/`` of the run folder until they are a version,
+or too old."""
 
 import contextlib
 import shutil
@@ -15,9 +16,13 @@ class Uploads:
     def __init__(self, run_dir: Path) -> None:
         self._folder = run_dir / "uploads"
 
+    def new(self) -> Path:
+        """A folder that is not there yet."""
+        return self._folder / uuid.uuid4().hex
+
     def save(self, config: IO[bytes], weights: IO[bytes]) -> Path:
         """Returns the checkpoint's folder. Raises CheckpointError: it cannot be written, or its config not be read."""
-        checkpoint = self._folder / uuid.uuid4().hex
+        checkpoint = self.new()
         try:
             checkpoint.mkdir(parents=True)
             for name, source in {"model.safetensors": weights, "config.json": config}.items():

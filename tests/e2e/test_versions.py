@@ -17,12 +17,14 @@ import hypothesis
 import psutil
 import pytest
 import schemathesis
+import torch
+from safetensors.torch import save_file
 from schemathesis.core.control import SkipTest
 from schemathesis.generation import GenerationMode
 
-from sglang_specforge.checkpoint import content_of
+from sglang_specforge.checkpoint import content_of, load_config, read_tensors
 from sglang_specforge.traffic import stream_prompts
-from tests.e2e.conftest import TRAINING, customize_servers, prompts, wait_for
+from tests.e2e.conftest import TARGET, TRAINING, customize_servers, prompts, wait_for
 
 CLI = [sys.executable, "-m", "sglang_specforge"]
 LEARNING = {
@@ -221,6 +223,24 @@ def test_output_is_the_target_s_through_200_swaps_and_a_rollback(client, drafts,
     assert served_by[:4] in (versions[::-1] * 2, versions * 2)
     assert client.generate(prompts(1)[0])["meta_info"]["draft_versions"] == [versions[0]]
     assert client.generate(prompts(1)[0], 1)["meta_info"]["draft_versions"] == []
+
+
+def test_another_trainers_draft_is_swapped_into_a_running_server(client, drafts, tmp_path):
+    """As SpecForge saves it: its own embedding, no ``t2d``, and no word about the target."""
+    given, tensors = tmp_path / "given", read_tensors(drafts[1])
+    given.mkdir()
+    V, H = tensors.pop("t2d").numel(), tensors["norm.weight"].numel()
+    save_file(tensors | {"embed_tokens.weight": torch.zeros(V, H)}, given / "model.safetensors", {"format": "pt"})
+    config = {key: value for key, value in load_config(drafts[1]).items() if not key.startswith("specforge")}
+    (given / "config.json").write_text(json.dumps(config))
+    command(client, "swap", given)
+    taken = active(client)
+    assert content_of(client.run_dir / "versions" / f"{taken:06d}") == content_of(drafts[1])
+    assert live_length(client, taken) > LEARNT - 0.2
+    command(client, "swap", given, "--upload")
+    assert active(client) == taken
+    assert "architecture 'LlamaForCausalLM'" in command(client, "swap", TARGET, code=1)
+    assert active(client) == taken
 
 
 def test_a_restarted_server_serves_what_was_rolled_back_to(client, drafts):

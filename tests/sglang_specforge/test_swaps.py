@@ -1,11 +1,13 @@
 """All ranks change to a version or none does; who may change it; what is written down."""
 
 import asyncio
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 
-from sglang_specforge.checkpoint import content_of
+from sglang_specforge.checkpoint import FINGERPRINT_KEY, CheckpointError, content_of, load_config
 from sglang_specforge.manifest import Manifest
 from sglang_specforge.new_draft import init_draft
 from sglang_specforge.settings import Run
@@ -109,6 +111,28 @@ def test_a_version_is_activated_rolled_back_and_the_log_tells(run, drafts):
         assert events(swaps)[-2:] == ["gate", "drafting_mode"]
         restarted = Manifest.load(swaps.versions.root)
         assert (restarted.active, restarted.gate, restarted.drafting) == (first, "propose", "never")
+
+    asyncio.run(story())
+
+
+def test_another_trainers_draft_is_taken_in_once_and_one_that_does_not_fit_is_named(run, drafts):
+    config = load_config(drafts[0])
+    del config[FINGERPRINT_KEY]
+    (drafts[0] / "config.json").write_text(json.dumps(config))
+    (drafts[1] / "config.json").write_text(json.dumps({**config, "intermediate_size": 25}))
+
+    async def story():
+        swaps = Swaps(run, Groups())
+        assert [await swaps.add(drafts[0], "me") for _ in range(2)] == [1, 1]
+        assert load_config(swaps.path(1))[FINGERPRINT_KEY] == run.target_fingerprint
+        assert swaps.audit.last(1)[0]["path"] == str(drafts[0])
+        with pytest.raises(CheckpointError, match=rf"{drafts[1]}: tensor .* has shape"):
+            await swaps.add(drafts[1], "me")
+        with pytest.raises(CheckpointError, match="architecture 'LlamaForCausalLM'"):
+            await swaps.add(run_target := Path(run.target_path), "me")
+        assert run_target.exists()
+        assert swaps.known_versions() == [0, 1]
+        assert not list((run.run_dir / "uploads").iterdir())
 
     asyncio.run(story())
 
