@@ -95,7 +95,7 @@ def train_offline(settings: OfflineSettings) -> None:
     with process_group(settings) as device:
         target = resolve_target(str(settings.target or Manifest.load(settings.data).target_path))
         samples = StoredSamples(settings.data, fingerprint_target(target))
-        split = Split.of(samples.entries, settings.holdout_every).check()
+        split = Split.of(samples.entries, settings.holdout_every).check(settings.slice_weights)
         steps = settings.schedule_steps or split.planned_steps(settings)
         settings = settings.model_copy(update={"schedule_steps": steps})
         job = Job(

@@ -52,6 +52,7 @@ class Progress(msgspec.Struct, kw_only=True):
     acceptance_K: list[float]
     best_acceptance_length: float | None  # of the versions so far, on held-out samples
     position: Position
+    optimizer: str | None = None  # its setting; None: not noted
 
 
 class ResumeError(RuntimeError):
@@ -83,6 +84,7 @@ class Checkpoints:
                 acceptance_K=learner.acceptance_K,
                 best_acceptance_length=best,
                 position=position,
+                optimizer=self._job.settings.optimizer,
             )
             (part / "progress.json").write_bytes(msgspec.json.encode(progress))
             shutil.rmtree(folder, ignore_errors=True)
@@ -102,7 +104,7 @@ class Checkpoints:
         part.replace(file)
 
     def resume(self, learner: Learner) -> Progress | None:
-        """Put the newest checkpoint into the learner.
+        """Put the newest checkpoint into the learner; where the run's optimizer is another one now, it starts anew.
 
         Raises:
             ResumeError: it is of another target, of a draft of another shape, or of another version of this program.
@@ -123,16 +125,19 @@ class Checkpoints:
                 f"{self._job.target_fingerprint}; give another run folder"
             )
         model, optimizer = get_state_dict(learner.draft, learner.optimizers)
-        state = {"model": model, "optimizer": optimizer}
+        same = progress.optimizer in (None, wanted := self._job.settings.optimizer)
+        if not same:
+            logger.warning("draft training: %s starts anew: the checkpoint's is %s", wanted, progress.optimizer)
         try:
-            dcp.load(state, checkpoint_id=folder)
+            dcp.load({"model": model, "optimizer": optimizer} if same else {"model": model}, checkpoint_id=folder)
         except dcp.api.CheckpointException as error:
+            reason, _ = next(iter(error.failures.values()))
             raise ResumeError(
-                f"checkpoint {folder} does not fit the draft and its optimizer; give another run folder: {error}"
+                f"checkpoint {folder} does not fit the draft and its optimizer; give another run folder: {reason}"
             ) from error
-        set_state_dict(
-            learner.draft, learner.optimizers, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
+        set_state_dict(learner.draft, learner.optimizers, model_state_dict=model, optim_state_dict=optimizer)
+        for group in (group for each in learner.optimizers for group in each.param_groups):
+            group["weight_decay"] = self._job.settings.weight_decay  # this run's; the state has the checkpoint's
         if _rng_file(folder).exists():  # more processes than there were have no state to go on from
             torch.set_rng_state(load_file(_rng_file(folder))["cpu"])
         learner.step = progress.step

@@ -86,6 +86,24 @@ def test_resuming_goes_on_exactly(run):
     assert [second.train([[make_sample(20, seed=seed)]]) for seed in range(3, 6)] == expected
 
 
+@pytest.mark.parametrize(("optimizer", "anew"), [("adamw", False), ("muon", True)])
+def test_settings_of_the_optimizer_may_change_between_runs(run, caplog, optimizer, anew):
+    first = Learner(run, CPU)
+    first.train([[make_sample(20)]])
+    Checkpoints(run).save(first, POSITION)
+    settings = run.settings.model_copy(update={"optimizer": optimizer, "weight_decay": 0.5})
+    changed = run.model_copy(update={"settings": settings})
+    second = Learner(changed, CPU)
+    Checkpoints(changed).resume(second)
+    assert second.step == 1
+    assert torch.equal(second.draft.fc.weight.full_tensor(), first.draft.fc.weight.full_tensor())
+    assert ("muon starts anew: the checkpoint's is adamw" in caplog.text) == anew
+    assert {group["weight_decay"] for each in second.optimizers for group in each.param_groups} == {0.5}
+    moments = second.optimizers[0].state[second.draft.lm_head.weight].get("exp_avg")
+    assert (moments is None or not moments.full_tensor().any()) == anew
+    assert second.train([[make_sample(20)]]).step == 2
+
+
 def test_the_account_goes_on_after_the_last_step(run):
     checkpoints, learner = Checkpoints(run), Learner(run, CPU)
     checkpoints.note(POSITION)  # there is none to note it in

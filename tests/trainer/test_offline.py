@@ -241,3 +241,9 @@ def test_folders_that_are_not_there_are_named(tmp_path, data, capsys, run_dir, g
 def test_data_that_is_all_held_out_is_refused():
     with pytest.raises(DatasetError, match="all 3 samples are held out"):
         Split([], [None] * 3).check()
+
+
+def test_a_weighted_slice_that_the_data_lacks_is_named(tmp_path, data, capsys):
+    with pytest.raises(SystemExit):
+        main(flags(tmp_path / "run", data, slice_weights="evn=2"))
+    assert "the data has no slice 'evn'; it has ['even', 'odd']" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Training on a stored dataset: epochs in a shuffled order that a restart goes on with exactly."""
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,12 +69,15 @@ class Split(NamedTuple):
             split[int(entry.id[:8], 16) % holdout_every == 0].append(entry)
         return split
 
-    def check(self) -> "Split":
-        """Raises DatasetError where there is nothing to train on."""
+    def check(self, weighted: Iterable[str] = ()) -> "Split":
+        """Raises DatasetError where there is nothing to train on, or nothing of a slice that is weighted."""
         if not self.training:
             raise DatasetError(
                 f"all {len(self.held_out)} samples are held out; give a higher holdout_every, or more data"
             )
+        slices = {entry.slice for entry in self.training}
+        if unknown := sorted(set(weighted) - slices):
+            raise DatasetError(f"slice_weights: the data has no slice {unknown[0]!r}; it has {sorted(slices)}")
         return self
 
     def planned_steps(self, settings: OfflineSettings) -> int:
