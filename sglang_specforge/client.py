@@ -56,7 +56,7 @@ def request(method: str, url: str, path: str, api_key: str | None, **kwargs: Any
         Unanswered: for anything else.
     """
     try:
-        answer = httpx.request(method, url + path, **connection(api_key), **kwargs)
+        answer = httpx.request(method, url.rstrip("/") + path, **connection(api_key), **kwargs)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         what_to_do = "is the server up, and its address right?"
         if "CERTIFICATE_VERIFY_FAILED" in str(error):

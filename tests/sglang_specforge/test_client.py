@@ -3,17 +3,27 @@
 import http.server
 import ssl
 import threading
+from contextlib import contextmanager
 
 import pytest
 import trustme
+from typer.testing import CliRunner
 
+from sglang_specforge.cli import app
 from sglang_specforge.client import Unanswered, request
 
 
 class Answers(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        self.send_response(200)
+        self.send_response(200 if self.path == "/draft/status" else 404)
         self.end_headers()
+
+    def do_POST(self):
+        body = b'{"message": "it is too long"}'
+        self.send_response(400)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
     def log_message(self, *args):
         pass
@@ -24,16 +34,35 @@ def authority():
     return trustme.CA()
 
 
+@contextmanager
+def answering(secured=lambda socket: socket):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as plain:
+        plain.socket = secured(plain.socket)
+        threading.Thread(target=plain.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{plain.server_port}"
+        plain.shutdown()
+
+
 @pytest.fixture
 def server(authority):
     """Address of one that speaks TLS, with a certificate of an authority that nobody knows."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     authority.issue_cert("127.0.0.1").configure_cert(context)
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as plain:
-        plain.socket = context.wrap_socket(plain.socket, server_side=True)
-        threading.Thread(target=plain.serve_forever, daemon=True).start()
-        yield f"https://127.0.0.1:{plain.server_port}"
-        plain.shutdown()
+    with answering(lambda socket: context.wrap_socket(socket, server_side=True)) as address:
+        yield f"https://{address}"
+
+
+def test_an_address_may_end_with_a_slash():
+    with answering() as address:
+        assert request("GET", f"http://{address}/", "/draft/status", None).status_code == 200
+
+
+def test_traffic_that_is_refused_is_told_why():
+    with answering() as address:
+        command = ["traffic", "--url", f"http://{address}", "--requests", "1"]
+        done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1
+    assert "400: it is too long" in done.output
 
 
 def test_a_server_is_trusted_by_the_certificates_that_the_environment_names(server, authority, tmp_path, monkeypatch):
