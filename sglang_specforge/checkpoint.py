@@ -20,6 +20,9 @@ from sglang_specforge.drafts import CheckpointError, expected_shapes, kind_of
 FINGERPRINT_KEY = "specforge_target_fingerprint"
 CONTENT_KEY = "specforge_sha256"  # of model.safetensors, as it was written here
 
+_NUMBERS = (torch.float32, torch.bfloat16, torch.float16)
+_IDS = (torch.int64, torch.int32, torch.bool)
+
 
 def save_checkpoint(folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor]) -> None:
     """Write a checkpoint; readers that find ``config.json`` find all of it."""
@@ -103,6 +106,11 @@ def check_tensors(folder: Path, config: dict[str, Any], tensors: dict[str, torch
             raise CheckpointError(
                 f"draft checkpoint {folder}: tensor {name} has shape {tuple(tensors[name].shape)}, "
                 f"the served draft {shape}"
+            )
+        if tensors[name].dtype not in (accepted := _IDS if name in ("d2t", "t2d") else _NUMBERS):
+            raise CheckpointError(
+                f"draft checkpoint {folder}: tensor {name} has dtype {tensors[name].dtype}; "
+                f"accepted are {', '.join(map(str, accepted))}"
             )
         if tensors[name].is_floating_point() and not tensors[name].isfinite().all():
             raise CheckpointError(f"draft checkpoint {folder}: tensor {name} has values that are not finite")

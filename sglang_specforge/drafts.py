@@ -79,7 +79,8 @@ def register(kind: DraftKind) -> DraftKind:
 
 def kind_of(config: dict[str, Any]) -> DraftKind:
     """The kind of a checkpoint by its config.json. Raises CheckpointError."""
-    architecture = (config.get("architectures") or [None])[0]
+    named = config.get("architectures")
+    architecture = named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
     if architecture not in _kinds:
         for entry in importlib.metadata.entry_points(group=_GROUP):
             kind = entry.load()

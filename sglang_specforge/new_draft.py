@@ -111,16 +111,23 @@ def import_draft(given: Path, target_path: Path, out: Path) -> Path:
         if "embed_tokens" not in name
     }
     target = load_target_config(target_path)
-    llama = LlamaConfig(**{k: v for k, v in raw.items() if k not in ("architectures", "model_type")})
+    try:
+        llama = LlamaConfig(**{k: v for k, v in raw.items() if k not in ("architectures", "model_type")})
+    except Exception as error:  # of rubbish, transformers raises anything
+        raise CheckpointError(f"draft checkpoint {given}: config.json is no Llama draft's: {error}") from error
     dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)
-    config = draft_config(target, raw.get("draft_vocab_size") or target.vocab_size, _name(dtype), fingerprint)
+    D = raw.get("draft_vocab_size") or target.vocab_size
+    if type(D) is not int or not 0 < D <= target.vocab_size:
+        raise CheckpointError(
+            f"draft checkpoint {given}: draft_vocab_size {D!r} is not accepted, only 1 to {target.vocab_size}"
+        )
+    config = draft_config(target, D, _name(dtype), fingerprint)
     config |= {name: getattr(llama, name) for name in (*_COPIED, *_OWN)}
     config |= {name: raw[name] for name in _KEPT if name in raw}
     config[FINGERPRINT_KEY] = raw.get(FINGERPRINT_KEY) or fingerprint
-    V, D = config["vocab_size"], config["draft_vocab_size"]
-    tensors.setdefault("d2t", torch.zeros(D, dtype=torch.int64))
-    if "t2d" not in tensors and tensors["d2t"].numel() == D:
-        tensors["t2d"] = torch.zeros(V, dtype=torch.bool).index_fill_(0, tensors["d2t"] + torch.arange(D), True)
+    d2t = tensors.setdefault("d2t", torch.zeros(D, dtype=torch.int64))
+    if "t2d" not in tensors and d2t.shape == (D,):
+        tensors["t2d"] = torch.isin(torch.arange(target.vocab_size), d2t + torch.arange(D))
     check_tensors(given, config, tensors, fingerprint)
     save_checkpoint(out, config, tensors)
     return out

@@ -110,9 +110,9 @@ class Preparation:
 
     def sequences(self, rows: Iterable[dict[str, Any]], limit: int | None, workers: int) -> Iterator[Prepared]:
         for row in _in_order(self._make, rows, workers):
-            fresh = [made for made in row if self._is_fresh(made)]
-            self._rows += bool(fresh)
-            for made in fresh:
+            kept = [made for made in row if self._keep(made)]
+            self._rows += bool(kept)
+            for made in kept:
                 self._count(made)
                 yield made
                 if self._written == limit:
@@ -132,7 +132,7 @@ class Preparation:
             table.add_row("skipped", f"{count:,}: {reason}")
         return table
 
-    def _is_fresh(self, made: Prepared | Skipped) -> bool:
+    def _keep(self, made: Prepared | Skipped) -> bool:
         if isinstance(made, Skipped):
             self.skipped[str(made)] += 1
         elif made.id in self._seen:

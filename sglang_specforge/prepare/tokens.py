@@ -1,12 +1,13 @@
 """Conversations into token ids, and which of them an assistant would have to produce."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from sglang_specforge.prepare.conversations import Conversation, Skipped
 
 LossOn = Literal["all", "last"]
+T = TypeVar("T")
 
 
 class Encoded(NamedTuple):
@@ -43,7 +44,7 @@ class ChatTokens:
         if not turns:
             raise Skipped("no assistant's turn")
         if not self._marks:
-            return self.joined([self.turn(conversation, turn) for turn in turns])
+            return self.joined([self.turn(conversation, turn) for turn in self._learnt(turns)])
         found = self._apply(conversation.until(turns[-1] + 1), return_assistant_tokens_mask=True)
         mask = [bool(m) for m in found["assistant_masks"]]
         return [Encoded(list(found["input_ids"]), mask if self._loss_on == "all" else _last_run(mask))]
@@ -58,7 +59,7 @@ class ChatTokens:
     def joined(self, turns: list[Encoded]) -> list[Encoded]:
         """Turns of one conversation as few sequences: one that begins with the whole of the one before holds it."""
         sequences: list[Encoded] = []
-        for ids, mask in turns if self._loss_on == "all" else turns[-1:]:
+        for ids, mask in self._learnt(turns):
             if sequences and ids[: len(sequences[-1].ids)] == sequences[-1].ids:
                 held = sequences.pop().mask
                 mask = held + mask[len(held) :]
@@ -81,6 +82,9 @@ class ChatTokens:
     def encode_text(self, text: str) -> Encoded:
         """Plain text is learnt as a whole."""
         return Encoded.answer([], self._tokenizer(text).input_ids)
+
+    def _learnt(self, turns: list[T]) -> list[T]:
+        return turns if self._loss_on == "all" else turns[-1:]
 
     def _render(self, conversation: Conversation, add_generation_prompt: bool = False) -> list[int]:
         return list(self._apply(conversation, add_generation_prompt=add_generation_prompt)["input_ids"])

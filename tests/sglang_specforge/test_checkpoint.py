@@ -151,10 +151,32 @@ def test_a_draft_may_be_given_as_pytorch_model_bin(tmp_path, draft, target):
         ({"tie_word_embeddings": True}, "tie_word_embeddings True"),
         ({FINGERPRINT_KEY: "feedfacefeedface"}, "feedfacefeedface"),
         ({"intermediate_size": 25}, r"midlayer\.mlp\.gate_proj\.weight has shape"),
+        ({"architectures": {"a": 1}}, "architecture None cannot be trained"),
+        ({"num_attention_heads": 0}, r"config\.json is no Llama draft's"),
+        ({"rope_parameters": "none"}, r"config\.json is no Llama draft's"),
+        ({"draft_vocab_size": -1}, f"draft_vocab_size -1 is not accepted, only 1 to {VOCAB}"),
     ],
 )
 def test_a_draft_that_cannot_be_trained_is_refused(tmp_path, draft, target, change, message):
     (draft / "config.json").write_text(json.dumps({**load_config(draft), **change}))
+    with pytest.raises(CheckpointError, match=message):
+        import_draft(draft, target, tmp_path / "taken")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"d2t": torch.zeros(32)}, "tensor d2t has dtype torch.float32; accepted are torch.int64"),
+        ({"d2t": torch.full((32,), 10**9)}, "d2t and t2d disagree"),
+        ({"d2t": torch.zeros(3, dtype=torch.int64)}, "tensor t2d is missing"),
+        ({"norm.weight": torch.zeros(16, dtype=torch.float8_e4m3fn)}, "norm.weight has dtype torch.float8_e4m3fn"),
+        ({"fc.weight": torch.zeros(16, 48, dtype=torch.int32)}, "fc.weight has dtype torch.int32; accepted are torch."),
+    ],
+)
+def test_tensors_of_a_draft_from_elsewhere_may_be_rubbish(tmp_path, draft, target, changed, message):
+    tensors = load_file(draft / "model.safetensors") | changed
+    del tensors["t2d"]
+    save_file(tensors, draft / "model.safetensors")
     with pytest.raises(CheckpointError, match=message):
         import_draft(draft, target, tmp_path / "taken")
 
