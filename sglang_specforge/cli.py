@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from sglang_specforge import status_view, traffic, versions_cli
 from sglang_specforge.ab.cli import app as ab_app
-from sglang_specforge.client import DEFAULT_URL, ApiKey, Url, ask, fail, or_fail, upload_checkpoint
+from sglang_specforge.client import DEFAULT_URL, ApiKey, GeneratingKey, Url, ask, fail, or_fail, upload_checkpoint
 
 _COMMANDS = "sglang_specforge.commands"  # entry points; the trainer adds its own, as nothing here imports it
 _SLOW = {
@@ -93,7 +93,7 @@ def swap(
 @app.command("traffic")
 def drive_traffic(
     url: Url = DEFAULT_URL,
-    api_key: ApiKey = None,
+    api_key: GeneratingKey = None,
     requests: Annotated[int, typer.Option(min=1, help="How many to send.")] = 100,
     concurrency: Annotated[int, typer.Option(min=1, help="How many at a time.")] = 8,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 128,

@@ -17,7 +17,11 @@ from rich.console import Console
 from sglang_specforge.settings import Run
 
 Url = Annotated[str, typer.Option(help="Address of the server.")]
-ApiKey = Annotated[str | None, typer.Option(envvar="SGLANG_API_KEY", help="The server's --api-key.")]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(envvar="SGLANG_API_KEY", help="The server's --admin-api-key, or its --api-key where that is alone."),
+]
+GeneratingKey = Annotated[str | None, typer.Option(envvar="SGLANG_API_KEY", help="The server's --api-key.")]
 _POLL_S = 0.1
 COPY_LIMIT_S = 600  # of a checkpoint's way
 _REFUSALS = (400, 404, 409, 422)
@@ -65,7 +69,10 @@ def request(method: str, url: str, path: str, api_key: str | None, **kwargs: Any
     if answer.status_code == 404 and refusal(answer) in (None, "Not Found"):
         raise Unanswered(f"the server at {url} runs without --enable-draft-training")
     if answer.status_code in (401, 403):
-        raise Unanswered(f"the server at {url} wants its key; give --api-key or set SGLANG_API_KEY")
+        raise Unanswered(
+            f"the server at {url} wants its key; give --api-key (or set SGLANG_API_KEY): the server's "
+            "--admin-api-key, or its --api-key where that is alone"
+        )
     if answer.is_error and refusal(answer) is None:
         raise Unanswered(f"{url}{path} answered {answer.status_code}: {answer.text[:300]}")
     return answer

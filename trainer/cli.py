@@ -167,7 +167,9 @@ def _parse_attach(arguments: Sequence[str]) -> tuple[AttachSettings, str | None]
         "--enable-draft-training --draft-training-trainer none. They may come and go.",
     )
     parser.add_argument(
-        "--api-key", default=os.environ.get("SGLANG_API_KEY"), help="The servers' --api-key (default: $SGLANG_API_KEY)."
+        "--api-key",
+        default=os.environ.get("SGLANG_API_KEY"),
+        help="The servers' --admin-api-key, or their --api-key where that is alone (default: $SGLANG_API_KEY).",
     )
     add_settings_flags(parser, AttachSettings)
     settings, args = _settings_of(AttachSettings, parser, arguments)

@@ -4,9 +4,10 @@ import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from sglang.srt.entrypoints import http_server
 from sglang.srt.managers.io_struct import SetInternalStateReq
+from sglang.srt.utils.auth import AuthLevel, auth_level
 
 from sglang_specforge.control import ControlService, running
 from sglang_specforge.routes import make_router
@@ -18,7 +19,8 @@ def launch_with_draft_training(original: Any, server_args: Any, *args: Any, **kw
     app: FastAPI = http_server.app
     run = Run.inherited()
     service = ControlService(run, _SGLangEngine())
-    app.include_router(make_router(service, run))
+    # Not included as a router: SGLang looks for a route's level among the app's own.
+    app.router.routes.extend(_guarded(make_router(service, run)).routes)
     inner = app.router.lifespan_context
 
     @contextlib.asynccontextmanager
@@ -29,6 +31,13 @@ def launch_with_draft_training(original: Any, server_args: Any, *args: Any, **kw
     app.router.lifespan_context = lifespan
     app.state.draft_training = service
     return original(server_args, *args, **kwargs)
+
+
+def _guarded(router: APIRouter) -> APIRouter:
+    """Our routes, for whoever has the key to SGLang's own control endpoints: the admin's, where there is one."""
+    for route in router.routes:
+        auth_level(AuthLevel.ADMIN_OPTIONAL)(route.endpoint)
+    return router
 
 
 def let_the_trainer_save(*args: Any, **kwargs: Any) -> None:

@@ -35,6 +35,8 @@ COMMON: tuple[Seam, ...] = (
     Target("sglang.srt.server_args.ServerArgs.from_cli_args", ("args",), "BEFORE: a run, or nothing"),
     Target("sglang.srt.configs.model_config._get_and_verify_dtype", ("config", "dtype"), "called: the served dtype"),
     Target(f"{HTTP}.launch_server", ("server_args",), "AROUND: routes, control service and trainer"),
+    Target("sglang.srt.utils.auth.auth_level", ("level",), "called: whose key our routes want"),
+    Members("sglang.srt.utils.auth.AuthLevel", ("ADMIN_OPTIONAL",), "likewise"),
     Target(f"{MANAGER}.generate_request", ("self", "obj", "request"), "BEFORE: what headers say of a request"),
     Target(f"{MANAGER}.set_internal_state", ("self", "obj"), f"called: {CONTROL}"),
     Target(f"{MANAGER}.get_internal_state", ("self",), "called: what the ranks say"),

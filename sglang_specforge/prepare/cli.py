@@ -17,7 +17,7 @@ from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedC
 from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from sglang_specforge.client import ApiKey, fail, or_fail
+from sglang_specforge.client import GeneratingKey, fail, or_fail
 from sglang_specforge.new_draft import coverage
 from sglang_specforge.prepare.conversations import Conversation, Layout, Skipped, read_rows, to_conversation
 from sglang_specforge.prepare.regenerate import Regenerator
@@ -49,7 +49,7 @@ def prepare_data(
     regenerate: Annotated[
         str | None, typer.Option(help="Address of a server whose answers replace the data's.")
     ] = None,
-    api_key: ApiKey = None,
+    api_key: GeneratingKey = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer that is asked for.")] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="Of these answers; 0 is greedy.")] = 0.0,
     concurrency: Annotated[int, typer.Option(min=1, help="Conversations under way at the server at a time.")] = 8,

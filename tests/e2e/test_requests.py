@@ -1,11 +1,14 @@
 """The ways that a request can go through a server; after each, every captured token has a fate."""
 
 import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
+from sglang_specforge.cli import app
 from sglang_specforge.server_process import ServerProcess
 from tests.e2e.conftest import TARGET, TRAINING, assert_every_token_is_accounted_for, prompts, settled, wait_for
 
@@ -131,3 +134,33 @@ def test_a_server_that_is_told_to_end_lets_its_trainer_save(client):
     step = wait_for("a step after the newest checkpoint", learns)
     client.server.stop()
     assert saved() >= step
+
+
+def test_drafts_are_changed_by_whoever_may_control_the_server_and_nobody_else(start, tmp_path):
+    """SGLang's two keys: ``--admin-api-key`` for its control endpoints, ``--api-key`` for answers."""
+    server = start("--api-key", "many", "--admin-api-key", "few", training={"trainer": "none"}).server
+
+    def ask(method, path, key):
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return httpx.request(method, server.url + path, headers=headers, timeout=30, trust_env=False)
+
+    page = ask("GET", "/openapi.json", "many").json()["paths"]
+    ours = [(method, path) for path, methods in page.items() if path.startswith("/draft/") for method in methods]
+    assert len(ours) > 20
+    for method, path in ours:
+        path = re.sub("{.*?}", "1", path)
+        assert {ask(method, path, key).status_code for key in (None, "many")} == {401}, (method, path)
+    assert ask("GET", "/draft/run", "few").status_code == 200
+
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in prompts(4)))
+    commands = (
+        (["prepare-data", tmp_path / "texts.jsonl", "--out", tmp_path / "data", "--tokenizer", TARGET], 0, "sequences"),
+        (["status", "--url", server.url, "--api-key", "many"], 2, "wants its key"),
+        (["status", "--url", server.url, "--api-key", "few"], 0, "version"),
+        (["traffic", "--requests", 1, "--url", server.url, "--api-key", "many"], 0, "0 failed"),
+        (["capture", "--data", tmp_path / "data", "--out", tmp_path / "states", "--url", server.url,
+          "--api-key", "many", "--admin-api-key", "few"], 0, "stored "),
+    )  # fmt: skip
+    for command, code, said in commands:
+        done = CliRunner().invoke(app, list(map(str, command)))
+        assert (done.exit_code, said in done.output) == (code, True), done.output

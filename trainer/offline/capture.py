@@ -55,13 +55,14 @@ class Capture:
         self,
         url: str,
         api_key: str | None,
+        control_key: str | None,
         run: Run,
         expected: Expected,
         writer: DatasetWriter,
         concurrency: int,
     ) -> None:
         self.report = Report()
-        self._url, self._api_key = url, api_key
+        self._url, self._control_key = url, control_key
         self._writer, self._concurrency = writer, concurrency
         ledger = TokenLedger()
         self._alias = run.alias
@@ -79,7 +80,7 @@ class Capture:
         """
         wanted = self._wanted(sequences)
         try:
-            wait_until_captured(self._url, self._api_key)
+            wait_until_captured(self._url, self._control_key)
             with ThreadPoolExecutor(self._concurrency) as pool:
                 while self._send_more(pool, wanted) or self._under_way:
                     for sample in self._inbox.receive(_POLL_S):

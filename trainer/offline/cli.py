@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from sglang_specforge.client import DEFAULT_URL, ApiKey, NotCaptured, Unanswered, Url, fail, run_of
+from sglang_specforge.client import DEFAULT_URL, GeneratingKey, NotCaptured, Unanswered, Url, fail, run_of
 from sglang_specforge.contracts.frames import Expected
 from sglang_specforge.prepared import PreparedError, PreparedFile
 from sglang_specforge.sockets import EndpointTaken
@@ -25,7 +25,10 @@ def capture(
     data: Annotated[Path, typer.Option(help="File that prepare-data wrote.")],
     out: Annotated[Path, typer.Option(help="Folder of the dataset; one that is there is gone on with.")],
     url: Url = DEFAULT_URL,
-    api_key: ApiKey = None,
+    api_key: GeneratingKey = None,
+    admin_api_key: Annotated[
+        str | None, typer.Option(envvar="SGLANG_ADMIN_API_KEY", help="Its --admin-api-key, where it has one.")
+    ] = None,
     store: Annotated[
         Literal["served", "bfloat16", "float32", "float8"],
         typer.Option(help="How states are stored; float8 has a scale for each token."),
@@ -39,7 +42,8 @@ def capture(
     The server has to run with --enable-draft-training --draft-training-trainer none, on this host.
     """
     try:
-        run, sequences = run_of(url, api_key), PreparedFile(data)
+        control_key = admin_api_key or api_key
+        run, sequences = run_of(url, control_key), PreparedFile(data)
         if run.disaggregation != "null":
             fail(f"{url} is a {run.disaggregation} server, which computes half of a sequence; give one that does both")
         target = load_target_config(Path(run.target_path))
@@ -55,7 +59,7 @@ def capture(
             return
         writer = DatasetWriter(out, manifest, shard_mb << 20)
         expected = Expected(target.hidden_size, target.vocab_size, run.travel_dtype)
-        report = _run(Capture(url, api_key, run, expected, writer, concurrency), sequences)
+        report = _run(Capture(url, api_key, control_key, run, expected, writer, concurrency), sequences)
     except (PreparedError, DatasetError, TargetError, EndpointTaken, NotCaptured, Unanswered, OSError) as error:
         fail(str(error))
     console.print(
