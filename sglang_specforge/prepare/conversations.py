@@ -131,7 +131,7 @@ def _tool_call(call: Any) -> Any:
 
 
 def _tools(tools: Any) -> list[Any] | None:
-    return _parsed(_present(tools), list, "tools") if tools else None
+    return (_parsed(_present(tools), list, "tools") or None) if tools else None
 
 
 def _parsed(value: Any, kind: type, name: str) -> Any:
