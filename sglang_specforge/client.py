@@ -88,6 +88,14 @@ def refusal(answer: httpx.Response) -> str | None:
         return None
 
 
+def failure(error: BaseException) -> str:
+    """What became of a request that raised, in the server's words where it has some."""
+    if isinstance(error, httpx.HTTPStatusError):
+        answer = error.response
+        return f"the server answered {answer.status_code}: {refusal(answer) or answer.text[:300]}"
+    return f"{type(error).__name__}: {error}"
+
+
 def accepted(method: str, url: str, path: str, api_key: str | None, **kwargs: Any) -> httpx.Response:
     """The server's answer. Raises Unanswered: also for a refusal."""
     answer = request(method, url, path, api_key, **kwargs)

@@ -132,16 +132,19 @@ class Swaps:
         if number := self.versions.number(checkpoint):
             return self.known(number)
         before = self.versions.newest() or 0
-        keep = self._run.settings.keep_versions
-        ours = await asyncio.to_thread(self._in_our_layout, checkpoint)
-        version = await asyncio.to_thread(self.versions.adopt, ours, keep)
-        for copied in (ours, checkpoint):
-            self.uploads.forget(copied)
+        version = await asyncio.to_thread(self._adopt, checkpoint)
         if version > before:
             self.audit.write("added", who, version=version, path=checkpoint)
             if not by_trainer:
                 self._manifest.keep(version)
                 self._note()
+        return version
+
+    def _adopt(self, checkpoint: Path) -> int:
+        ours = self._in_our_layout(checkpoint)
+        version = self.versions.adopt(ours, self._run.settings.keep_versions)
+        for copied in {ours, checkpoint}:
+            self.uploads.forget(copied)
         return version
 
     def _in_our_layout(self, checkpoint: Path) -> Path:

@@ -12,7 +12,7 @@ from typing import Literal
 
 import httpx
 
-from sglang_specforge.client import connection, refusal
+from sglang_specforge.client import connection, failure
 
 # Folders of the standard library whose text is data or fixtures rather than code.
 _SKIPPED_FOLDERS = {"test", "tests", "site-packages", "encodings", "idlelib", "lib2to3", "pydoc_data", "__pycache__"}
@@ -90,12 +90,10 @@ async def drive(
             }
             try:
                 answer = await client.post("/v1/chat/completions", json=body)
-                if answer.is_error:
-                    why = f"{answer.status_code}: {refusal(answer) or answer.text[:300]}"
-                    raise httpx.HTTPStatusError(why, request=answer.request, response=answer)
+                answer.raise_for_status()
                 tally.completion_tokens += answer.json()["usage"]["completion_tokens"]
             except (httpx.HTTPError, KeyError, ValueError) as error:
-                tally.failures.append(f"{type(error).__name__}: {error}")
+                tally.failures.append(failure(error))
                 await asyncio.sleep(0.5)
             tally.requests += 1
 

@@ -1,6 +1,5 @@
 """``sglang-specforge prepare-data``."""
 
-import json
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sglang_specforge.client import GeneratingKey, fail, or_fail
 from sglang_specforge.new_draft import coverage
-from sglang_specforge.prepare.conversations import Conversation, Layout, Skipped, read_rows, to_conversation
+from sglang_specforge.prepare.conversations import Conversation, Layout, Skipped, parsed, read_rows, to_conversation
 from sglang_specforge.prepare.regenerate import Regenerator
 from sglang_specforge.prepare.tokens import ChatTokens, Encoded, LossOn
 from sglang_specforge.prepared import SCHEMA, Prepared
@@ -88,12 +87,9 @@ def _load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def _parse_settings(text: str) -> dict[str, Any]:
     try:
-        settings = json.loads(text)
-    except ValueError as error:
-        fail(f"--chat-template-kwargs {text!r} is no JSON: {error}")
-    if not isinstance(settings, dict):
-        fail(f'--chat-template-kwargs {text!r} is no JSON object, as {{"enable_thinking": false}} is')
-    return settings
+        return parsed(text, dict, "it")
+    except Skipped as error:
+        fail(f'--chat-template-kwargs {text!r}: {error}; give an object, as {{"enable_thinking": false}}')
 
 
 class Preparation:
@@ -172,22 +168,22 @@ class Preparation:
         Turns that call tools stay as they are, for what the tools said answers them.
         """
         messages = [dict(message) for message in conversation.messages]
-        conversation, turns, ended = conversation._replace(messages=messages), [], []
+        conversation, given, ended = conversation._replace(messages=messages), [], []
         try:
             for turn in conversation.turns:
                 if "tool_calls" in messages[turn]:
-                    turns.append(self._chat.turn(conversation, turn))
+                    given.append(self._chat.turn(conversation, turn))
                     continue
                 prompt = self._chat.prompt(conversation.until(turn))
                 if len(prompt) >= self._bounds[1]:
                     raise Skipped(f"longer than {self._bounds[1]} tokens")
                 answer = self._regenerator.answer(prompt)
-                turns.append(Encoded.answer(prompt, answer))
+                given.append(Encoded.answer(prompt, answer))
                 if turn != conversation.turns[-1]:
                     messages[turn] = {"role": "assistant", "content": self._chat.text(answer)}
         except Skipped as reason:
             ended = [reason]
-        return [*self._chat.joined(turns), *ended]
+        return [*self._chat.joined(given), *ended]
 
     def _count(self, made: Prepared) -> None:
         self._written, self._tokens = self._written + 1, self._tokens + len(made.input_ids)

@@ -88,7 +88,7 @@ def _sharegpt(turns: list[dict[str, Any]]) -> list[Message]:
 
 
 def _ultrachat(turns: list[str]) -> list[Message]:
-    return [_message(("user", "assistant")[i % 2], turn) for i, turn in enumerate(turns)]
+    return [_message(("user", "assistant")[i % 2], turn, {}) for i, turn in enumerate(turns)]
 
 
 def _messages(turns: list[dict[str, Any]]) -> list[Message]:
@@ -109,12 +109,12 @@ def _text(content: Any) -> Any:
     return content
 
 
-def _message(role: Any, content: Any, turn: dict[str, Any] | None = None) -> Message:
+def _message(role: Any, content: Any, turn: dict[str, Any]) -> Message:
     if role not in _ROLES:
         raise Skipped(f"role {role!r} is unknown")
-    beside = {key: _present((turn or {})[key]) for key in _READ_BY_TEMPLATES if (turn or {}).get(key)}
+    beside = {key: _present(turn[key]) for key in _READ_BY_TEMPLATES if turn.get(key)}
     if "tool_calls" in beside:
-        beside["tool_calls"] = [_tool_call(call) for call in _parsed(beside["tool_calls"], list, "tool_calls")]
+        beside["tool_calls"] = [_tool_call(call) for call in parsed(beside["tool_calls"], list, "tool_calls")]
         content = content or ""
     if not isinstance(content, str):
         raise Skipped("content is no text")
@@ -126,16 +126,16 @@ def _tool_call(call: Any) -> Any:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict):
         raise Skipped("a tool call has no function")
-    arguments = _parsed(function.get("arguments") or {}, dict, "a tool call's arguments")
+    arguments = parsed(function.get("arguments") or {}, dict, "a tool call's arguments")
     return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _tools(tools: Any) -> list[Any] | None:
-    return (_parsed(_present(tools), list, "tools") or None) if tools else None
+    return (parsed(_present(tools), list, "tools") or None) if tools else None
 
 
-def _parsed(value: Any, kind: type, name: str) -> Any:
-    """Datasets keep what has no fixed columns as JSON."""
+def parsed(value: Any, kind: type, name: str) -> Any:
+    """An object or list as it is, or from JSON, as datasets keep what has no fixed columns. Raises Skipped."""
     if isinstance(value, str):
         try:
             value = json.loads(value)

@@ -154,9 +154,7 @@ def test_settings_of_the_template_reach_it_and_must_be_an_object(tmp_path, token
 
 def prepare(tmp_path, rows, *options):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = ["prepare-data", tmp_path / "rows.jsonl", "--out", tmp_path / "out.parquet"]
-    if "--tokenizer" not in options:
-        command += ["--tokenizer", TOKENIZER]
+    command = ["prepare-data", tmp_path / "rows.jsonl", "--out", tmp_path / "out.parquet", "--tokenizer", TOKENIZER]
     return CliRunner().invoke(app, [str(part) for part in (*command, *options)])
 
 
@@ -257,13 +255,7 @@ CALLING = {"role": "assistant", "content": "f()", "tool_calls": [{"function": {"
     ("turns", "answers", "sequences", "asked", "said"),
     [
         (MESSAGES, [[40, 41, 1], [50, 1]], [[40, 41, 1], [50, 1]], 2, "2, of 1 rows"),
-        (
-            MESSAGES,
-            [[40, 0, 41, 1], [50, 1]],
-            [[40, 0, 41, 1]],
-            1,
-            "1: turns after one with special tokens inside",
-        ),
+        (MESSAGES, [[40, 0, 41, 1], [50, 1]], [[40, 0, 41, 1]], 1, "1: turns after one with special tokens inside"),
         (MESSAGES, [[40, 41, 1], None], [[40, 41, 1]], 2, "1: refused by the server"),
         ([MESSAGES[0], CALLING, *MESSAGES[2:]], [[50, 1]], [["f()</s>"], [50, 1]], 1, "2, of 1 rows"),
     ],

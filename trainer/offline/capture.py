@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import torch
 
-from sglang_specforge.client import connection, wait_until_captured
+from sglang_specforge.client import connection, failure, wait_until_captured
 from sglang_specforge.contracts.control import TokenLedger
 from sglang_specforge.contracts.frames import Expected
 from sglang_specforge.prepared import Prepared
@@ -150,7 +150,7 @@ class Capture:
                 continue
             if error := sent.answer.exception():
                 refused = isinstance(error, httpx.HTTPStatusError) and error.response.is_client_error
-                self._retry(alias, _reason(error), tries=1 if refused else _TRIES)
+                self._retry(alias, failure(error), tries=1 if refused else _TRIES)
             elif sent.answered_s is None:
                 sent.answered_s = now_s
             elif now_s - sent.answered_s > _ARRIVES_WITHIN_S:
@@ -163,9 +163,3 @@ class Capture:
             self._again.append(sent)
         else:
             self.report.failed[reason] += 1
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, httpx.HTTPStatusError):
-        return f"the server answered {error.response.status_code}: {error.response.text[:120]}"
-    return f"{type(error).__name__}: {error}"
