@@ -3,12 +3,13 @@
 The peer pins other versions of torch and sglang, so it is installed beside the environment, without dependencies::
 
     pip install --no-deps --target benchmarks/.peer specforge==0.2.0
-    python benchmarks/trainer_vs_specforge.py [--quick] [--device cuda] [--json FILE]
+    python benchmarks/trainer_vs_specforge.py [--quick] [--device cuda] [--dtype bfloat16] [--no-compile] [--json FILE]
 
 The peer runs its ``sdpa`` attention and its compact teacher (from hidden states, as ours). Its fused loss is a Triton
-kernel; where that can't run (on a CPU), its own eager reference of it takes its place. A step is forward and backward
-of all steps of the training-time test. Peak memory is the process's resident set, or the GPU's, above what it held
-before the step. A GPU computes larger shapes, in bfloat16.
+kernel; where that can't run (on a CPU), its own reference of it takes its place. The peer compiles that reference, its
+norms and its rotation by itself, always; ours are compiled as with the trainer's ``--compile``. A step is forward and
+backward of all steps of the training-time test. Peak memory is the process's resident set, or the GPU's, above what it
+held before the step. A GPU computes larger shapes.
 ``bound`` is the speed that our step would have if all but its matrix products took no time; ``loss`` and ``gradient``
 are the relative differences from the peer's.
 """
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 import transformers
@@ -34,6 +35,7 @@ from torch.profiler import ProfilerActivity, profile
 from sglang_specforge.drafts import EAGLE3, expected_shapes
 from sglang_specforge.training_settings import TrainingSettings
 from trainer.eagle3 import Eagle3Draft
+from trainer.fused import fuse
 from trainer.loss import FrozenTarget, Goal, unroll
 from trainer.sample import Sample, count_rows, pack
 
@@ -174,6 +176,7 @@ def make_steps(shape: Shape) -> dict[str, Step]:
 
 
 def measure(shape: Shape, rounds: int) -> dict[str, Any]:
+    torch.compiler.reset()  # a run is of one shape
     steps = make_steps(shape)
     (our_loss, our_grad), (peer_loss, peer_grad) = (step() for step in steps.values())  # also the warm-up
     seconds: dict[str, list[float]] = {who: [] for who in steps}
@@ -242,15 +245,19 @@ def _spread(sample: dict[str, Any]) -> str:
 def main(
     quick: Quick = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[
+        Literal["float32", "bfloat16"] | None,
+        typer.Option(help="Of weights and states; unset: float32 on a CPU, bfloat16 on a GPU."),
+    ] = None,
+    compiles: Annotated[bool, typer.Option("--compile/--no-compile", help="torch.compile our step's parts.")] = True,
     json_file: JsonFile = None,
 ) -> None:
     must_exist(PEER, f"pip install --no-deps --target {PEER} specforge==0.2.0")
     sys.path.insert(0, str(PEER))
     torch.set_default_device(device)
-    shapes = SHAPES
-    if device != "cpu":
-        torch.set_default_dtype(torch.bfloat16)
-        shapes = SHAPES_OF_A_GPU
+    torch.set_default_dtype(getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16")))
+    fuse(compiles)
+    shapes = SHAPES if device == "cpu" else SHAPES_OF_A_GPU
     samples = [measure(shape, rounds=1 if quick else 7) for shape in shapes]
     for shape, sample in zip(shapes, samples, strict=True):
         sample |= measure_memory(shape, rounds=1 if quick else 3)

@@ -6,6 +6,7 @@ environment variable ``SGLANG_SPECFORGE_RUN`` (``Run``), because SGLang's ``Serv
 
 import os
 import secrets
+import shutil
 import tempfile
 import tomllib
 from hashlib import blake2b
@@ -39,12 +40,18 @@ def check_run_folder(settings: TrainingSettings) -> None:
     _try_folder("run_dir", settings.run_dir, make=True)
 
 
-def check_device(settings: TrainingSettings, processes: int) -> None:
+def check_machine(settings: TrainingSettings, processes: int) -> None:
     """``processes``: of the trainer on this machine.
 
     Raises:
-        SettingsError: this machine lacks a GPU that is asked for.
+        SettingsError: this machine lacks a GPU that is asked for, or the compiler that ``compile`` needs.
     """
+    compiler = os.environ.get("CXX", "g++")  # the one that torch's own code generator calls
+    if settings.compile and not shutil.which(compiler):
+        raise SettingsError(
+            f"draft training setting 'compile' = True needs the compiler {compiler}, which is not there; install it, "
+            "name another in CXX, or leave compile out"
+        )
     kind, _, index = settings.trainer_device.partition(":")
     if kind == "cpu":
         return

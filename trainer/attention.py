@@ -8,12 +8,15 @@ compiled, over all samples at once. Shapes: N rows of the pack, T rows of a samp
 head, P head size.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+
+from trainer.fused import fusable, wide
 
 Bounds = list[tuple[int, int]]  # first row of each sample, and the row after its last
 
@@ -26,8 +29,7 @@ def attend(q_QNP: Tensor, keys: list[Tensor], values: list[Tensor], bounds: Boun
 
 
 def attend_by_flash(q_GRNP: Tensor, keys: list[Tensor], values: list[Tensor], bounds: Bounds) -> Tensor:
-    chain = [tensor for pair in zip(keys[1:], values[1:], strict=True) for tensor in pair]
-    return _PrefixAndChain.apply(q_GRNP, keys[0], values[0], bounds, *chain)
+    return _PrefixAndChain.apply(q_GRNP, keys[0], values[0], bounds, *_pairs(keys, values))
 
 
 def attend_by_flex(
@@ -41,12 +43,7 @@ def attend_by_flex(
     out_GRNP, lse_GRN = out[0].view(q_GRNP.shape), aux.lse[0].view(G, R, N)
     if len(keys) == 1:
         return out_GRNP
-    own_KGRN = torch.stack([_own_scores(q_GRNP, key, P**-0.5) for key in keys[1:]])
-    all_lse_GRN = torch.logaddexp(lse_GRN, own_KGRN.logsumexp(0))
-    merged = out_GRNP * (lse_GRN - all_lse_GRN).exp()[..., None].to(out_GRNP.dtype)
-    for own_GRN, value_GNP in zip(own_KGRN, values[1:], strict=True):
-        merged = merged + (own_GRN - all_lse_GRN).exp()[..., None].to(merged.dtype) * value_GNP[:, None]
-    return merged
+    return _Chain.apply(q_GRNP, out_GRNP, lse_GRN, *_pairs(keys, values))
 
 
 @lru_cache(maxsize=1)
@@ -70,18 +67,13 @@ class _PrefixAndChain(torch.autograd.Function):
     def forward(ctx: Any, q_GRNP: Tensor, k_GNP: Tensor, v_GNP: Tensor, bounds: Bounds, *chain: Tensor) -> Tensor:
         scale = q_GRNP.shape[-1] ** -0.5
         out_GRNP = torch.empty_like(q_GRNP)
-        lse_GRN = q_GRNP.new_empty(q_GRNP.shape[:3], dtype=_accumulated(q_GRNP))
+        lse_GRN = q_GRNP.new_empty(q_GRNP.shape[:3], dtype=wide(q_GRNP.dtype))
         for rows in (slice(*b) for b in bounds):
             given = _expanded(q_GRNP[:, :, rows], k_GNP[:, rows], v_GNP[:, rows])
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*given, 0.0, True, scale=scale)
             out_GRNP[:, :, rows], lse_GRN[:, :, rows] = out, lse
         if chain:
-            own_KGRN = torch.stack([_own_scores(q_GRNP, k, scale) for k in chain[::2]])
-            all_lse_GRN = torch.logaddexp(lse_GRN, own_KGRN.logsumexp(0))
-            out_GRNP *= (lse_GRN - all_lse_GRN).exp_()[..., None]
-            for own_GRN, value_GNP in zip(own_KGRN, chain[1::2], strict=True):
-                out_GRNP.addcmul_((own_GRN - all_lse_GRN).exp_()[..., None].to(out_GRNP.dtype), value_GNP[:, None])
-            lse_GRN = all_lse_GRN
+            lse_GRN = _merge(q_GRNP, out_GRNP, lse_GRN, chain)
         ctx.bounds = bounds
         ctx.save_for_backward(q_GRNP, k_GNP, v_GNP, out_GRNP, lse_GRN, *chain)
         return out_GRNP
@@ -98,17 +90,85 @@ class _PrefixAndChain(torch.autograd.Function):
                 *given, 0.0, True, scale=scale
             )
             dq_GRNP[:, :, rows], dk_GNP[:, rows], dv_GNP[:, rows] = dq, dk.sum(1), dv.sum(1)
-        chain_grads: list[Tensor] = []
-        if chain:
-            mean_GRN = _dot(grad_GRNP, out_GRNP)
-        for key_GNP, value_GNP in zip(chain[::2], chain[1::2], strict=True):
-            prob_GRN = (_own_scores(q_GRNP, key_GNP, scale) - lse_GRN).exp_()
-            gain_GRN = _dot(grad_GRNP, value_GNP[:, None]) - mean_GRN
-            dscore_GRN1 = (prob_GRN * gain_GRN * scale)[..., None].to(q_GRNP.dtype)
-            dq_GRNP.addcmul_(dscore_GRN1, key_GNP[:, None])
-            prob_GRN1 = prob_GRN[..., None].to(q_GRNP.dtype)
-            chain_grads += [(dscore_GRN1 * q_GRNP).sum(1), (prob_GRN1 * grad_GRNP).sum(1)]
-        return dq_GRNP, dk_GNP, dv_GNP, None, *chain_grads
+        mean_GRN = _dot(grad_GRNP, out_GRNP) if chain else None
+        return dq_GRNP, dk_GNP, dv_GNP, None, *_chain_grads(grad_GRNP, mean_GRN, q_GRNP, lse_GRN, chain, dq_GRNP)
+
+
+class _Chain(torch.autograd.Function):
+    """Merges own keys into an attention over other keys, given by its output and log-sum-exp."""
+
+    @staticmethod
+    def forward(ctx: Any, q_GRNP: Tensor, prefix_GRNP: Tensor, prefix_lse_GRN: Tensor, *chain: Tensor) -> Tensor:
+        out_GRNP = prefix_GRNP.clone()
+        lse_GRN = _merge(q_GRNP, out_GRNP, prefix_lse_GRN, chain)
+        ctx.save_for_backward(q_GRNP, prefix_GRNP, prefix_lse_GRN, out_GRNP, lse_GRN, *chain)
+        return out_GRNP
+
+    @staticmethod
+    def backward(ctx: Any, grad_GRNP: Tensor) -> tuple[Tensor, ...]:
+        q_GRNP, prefix_GRNP, prefix_lse_GRN, out_GRNP, lse_GRN, *chain = ctx.saved_tensors
+        dq_GRNP, mean_GRN = torch.zeros_like(q_GRNP), _dot(grad_GRNP, out_GRNP)
+        dchain = _chain_grads(grad_GRNP, mean_GRN, q_GRNP, lse_GRN, chain, dq_GRNP)
+        share_GRN = (prefix_lse_GRN - lse_GRN).exp()
+        dlse_GRN = share_GRN * (_dot(grad_GRNP, prefix_GRNP) - mean_GRN)
+        return dq_GRNP, grad_GRNP * share_GRN[..., None].to(grad_GRNP.dtype), dlse_GRN, *dchain
+
+
+def _pairs(keys: list[Tensor], values: list[Tensor]) -> list[Tensor]:
+    """Key and value of each step but the first, one after the other."""
+    return [tensor for pair in zip(keys[1:], values[1:], strict=True) for tensor in pair]
+
+
+def _merge(q_GRNP: Tensor, out_GRNP: Tensor, lse_GRN: Tensor, chain: Sequence[Tensor]) -> Tensor:
+    """Merge the chain's own keys into the output, where it is; the log-sum-exp of all keys."""
+    own_KGRN = torch.stack([_own_scores(q_GRNP, key_GNP) for key_GNP in chain[::2]])
+    all_lse_GRN = torch.logaddexp(lse_GRN, own_KGRN.logsumexp(0))
+    out_GRNP *= (lse_GRN - all_lse_GRN).exp_()[..., None]
+    for own_GRN, value_GNP in zip(own_KGRN, chain[1::2], strict=True):
+        _add_own(out_GRNP, own_GRN, all_lse_GRN, value_GNP)
+    return all_lse_GRN
+
+
+def _chain_grads(
+    grad_GRNP: Tensor,
+    mean_GRN: Tensor,  # of the values that a row attends to, along its gradient
+    q_GRNP: Tensor,
+    lse_GRN: Tensor,
+    chain: Sequence[Tensor],
+    dq_GRNP: Tensor,
+) -> list[Tensor]:
+    """Gradients of the chain's keys and values; the query's is added to ``dq_GRNP``."""
+    pairs = zip(chain[::2], chain[1::2], strict=True)
+    return [g for pair in pairs for g in _own_grads(grad_GRNP, mean_GRN, q_GRNP, lse_GRN, *pair, dq_GRNP)]
+
+
+@fusable
+def _own_scores(q_GRNP: Tensor, key_GNP: Tensor) -> Tensor:
+    return _dot(q_GRNP, key_GNP[:, None]) * q_GRNP.shape[-1] ** -0.5
+
+
+@fusable
+def _add_own(out_GRNP: Tensor, own_GRN: Tensor, lse_GRN: Tensor, value_GNP: Tensor) -> None:
+    out_GRNP.addcmul_((own_GRN - lse_GRN).exp()[..., None].to(out_GRNP.dtype), value_GNP[:, None])
+
+
+@fusable
+def _own_grads(
+    grad_GRNP: Tensor,
+    mean_GRN: Tensor,
+    q_GRNP: Tensor,
+    lse_GRN: Tensor,
+    key_GNP: Tensor,
+    value_GNP: Tensor,
+    dq_GRNP: Tensor,
+) -> tuple[Tensor, Tensor]:
+    scale = q_GRNP.shape[-1] ** -0.5
+    prob_GRN = (_dot(q_GRNP, key_GNP[:, None]) * scale - lse_GRN).exp()
+    gain_GRN = _dot(grad_GRNP, value_GNP[:, None]) - mean_GRN
+    dscore_GRN1 = (prob_GRN * gain_GRN * scale)[..., None].to(q_GRNP.dtype)
+    dq_GRNP.addcmul_(dscore_GRN1, key_GNP[:, None])
+    prob_GRN1 = prob_GRN[..., None].to(q_GRNP.dtype)
+    return (dscore_GRN1 * q_GRNP).sum(1), (prob_GRN1 * grad_GRNP).sum(1)
 
 
 def _expanded(q_GRTP: Tensor, k_GTP: Tensor, v_GTP: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,13 +176,5 @@ def _expanded(q_GRTP: Tensor, k_GTP: Tensor, v_GTP: Tensor) -> tuple[Tensor, Ten
     return q_GRTP, k_GTP[:, None].expand(q_GRTP.shape), v_GTP[:, None].expand(q_GRTP.shape)
 
 
-def _own_scores(q_GRNP: Tensor, k_GNP: Tensor, scale: float) -> Tensor:
-    return _dot(q_GRNP, k_GNP[:, None]) * scale
-
-
 def _dot(a_GRNP: Tensor, b_GRNP: Tensor) -> Tensor:
-    return (a_GRNP * b_GRNP).sum(-1, dtype=_accumulated(a_GRNP))
-
-
-def _accumulated(t: Tensor) -> torch.dtype:
-    return torch.promote_types(t.dtype, torch.float32)
+    return (a_GRNP * b_GRNP).sum(-1, dtype=wide(a_GRNP.dtype))

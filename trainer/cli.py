@@ -18,7 +18,7 @@ from sglang_specforge.settings import (
     Run,
     Settings,
     SettingsError,
-    check_device,
+    check_machine,
     check_run_folder,
     load_settings,
 )
@@ -72,7 +72,7 @@ def train_for(run: Run) -> None:
 def train_attached(settings: AttachSettings, api_key: str | None) -> None:
     """Until SIGTERM or SIGINT; servers may come and go."""
     stopped = stop_signal()
-    _check_machine(settings)
+    _check_place(settings)
     with process_group(settings) as device:
         job, servers = attach(settings, api_key)
         _train_online(job, settings, servers, device, stopped)
@@ -91,7 +91,7 @@ def _train_online(
 def train_offline(settings: OfflineSettings) -> None:
     """Until the epochs or steps are done, or SIGTERM or SIGINT comes."""
     stopped = stop_signal()
-    _check_machine(settings)
+    _check_place(settings)
     with process_group(settings) as device:
         target = resolve_target(str(settings.target or Manifest.load(settings.data).target_path))
         samples = StoredSamples(settings.data, fingerprint_target(target))
@@ -115,9 +115,9 @@ def train_offline(settings: OfflineSettings) -> None:
         Trainer(job, learner, source, stopped, progress and progress.best_acceptance_length).run()
 
 
-def _check_machine(settings: TrainingSettings) -> None:
+def _check_place(settings: TrainingSettings) -> None:
     check_run_folder(settings)
-    check_device(settings, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    check_machine(settings, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def _starting_draft(settings: OfflineSettings, target: Path, samples: StoredSamples) -> Path:

@@ -81,9 +81,6 @@ class Draft(nn.Module):
         """
         raise NotImplementedError
 
-    def compile_layers(self) -> None:
-        """``torch.compile`` those parts that gain from it; called before sharding."""
-
     @property
     def target_ids_D(self) -> Tensor:
         """The target's id of each draft id."""

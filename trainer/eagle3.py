@@ -48,9 +48,6 @@ class Eagle3Draft(Draft):
         self.lm_head = nn.Linear(H, config["draft_vocab_size"], bias=False)
         self._rotary = RotaryEmbedding(llama)
 
-    def compile_layers(self) -> None:
-        self.midlayer.mlp.compile()
-
     def start(self, aux_N3H: Tensor) -> Tensor:
         if self.input_norm is not None:
             aux_N3H = self.input_norm(aux_N3H)

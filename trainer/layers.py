@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from trainer.attention import attend
 from trainer.draft import Past
+from trainer.fused import fusable, wide
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -30,9 +31,7 @@ class RMSNorm(nn.Module):
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of the sum, taken before the sum is rounded, and the sum."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        sum_wide = x.to(wide) + residual.to(wide)
-        return _Normed.apply(sum_wide, self.weight, self.eps).to(x.dtype), sum_wide.to(x.dtype)
+        return _NormedSum.apply(x, residual, self.weight, self.eps)
 
 
 class _Normed(torch.autograd.Function):
@@ -40,20 +39,60 @@ class _Normed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = torch.rsqrt(torch.linalg.vecdot(wide, wide)[..., None] / x.shape[-1] + eps)
+        normed, scale = _norm(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        return ((wide * scale).mul_(weight)).to(x.dtype)
+        return normed
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, scale = ctx.saved_tensors
-        normed = x.to(scale.dtype) * scale
-        grad_wide = grad.to(scale.dtype)
-        grad_weight = (grad_wide * normed).flatten(0, -2).sum(0).to(weight.dtype)
-        scaled = grad_wide * weight
-        mean = torch.linalg.vecdot(scaled, normed)[..., None] / x.shape[-1]
-        return (scaled.sub_(normed.mul_(mean)).mul_(scale)).to(x.dtype), grad_weight, None
+        return *_norm_grads(grad, *ctx.saved_tensors), None
+
+
+class _NormedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        normed, total, scale = _norm_sum(x, residual, weight, eps)
+        summands = (total,) if total.dtype == scale.dtype else (x, residual)  # the sum itself, where it isn't rounded
+        ctx.save_for_backward(weight, scale, *summands)
+        return normed, total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dweight = _norm_sum_grads(grad, grad_total, *ctx.saved_tensors)
+        return dx, dx, dweight, None
+
+
+@fusable
+def _norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """``x`` normed, and what its rows were scaled by [N, 1]."""
+    rows = x.to(wide(x.dtype))
+    scale = torch.rsqrt(torch.linalg.vecdot(rows, rows)[..., None] / x.shape[-1] + eps)
+    return (rows * scale).mul_(weight).to(x.dtype), scale
+
+
+@fusable
+def _norm_sum(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    total = x.to(wide(x.dtype)) + residual
+    normed, scale = _norm(total, weight, eps)
+    return normed.to(x.dtype), total.to(x.dtype), scale
+
+
+@fusable
+def _norm_grads(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    normed = x.to(scale.dtype) * scale
+    grad_wide = grad.to(scale.dtype)
+    dweight = (grad_wide * normed).flatten(0, -2).sum(0).to(weight.dtype)
+    scaled = grad_wide * weight
+    mean = torch.linalg.vecdot(scaled, normed)[..., None] / x.shape[-1]
+    return scaled.sub_(normed.mul_(mean)).mul_(scale).to(x.dtype), dweight
+
+
+@fusable
+def _norm_sum_grads(
+    grad: Tensor, grad_total: Tensor, weight: Tensor, scale: Tensor, *summands: Tensor
+) -> tuple[Tensor, Tensor]:
+    dtotal, dweight = _norm_grads(grad, sum(summands[1:], summands[0].to(scale.dtype)), weight, scale)
+    return (dtotal + grad_total).to(grad.dtype), dweight
 
 
 class RotaryEmbedding:
@@ -123,19 +162,46 @@ class _GatedDown(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_NI: Tensor, up_NI: Tensor, down_HI: Tensor) -> Tensor:
         ctx.save_for_backward(gate_NI, up_NI, down_HI)
-        return F.linear(F.silu(gate_NI) * up_NI, down_HI)
+        return F.linear(_gated(gate_NI, up_NI), down_HI)
 
     @staticmethod
     def backward(ctx: Any, grad_NH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gate_NI, up_NI, down_HI = ctx.saved_tensors
-        silu_NI = F.silu(gate_NI)
-        grad_down_HI = grad_NH.mT @ (silu_NI * up_NI)
-        grad_NI = grad_NH @ down_HI
-        grad_gate_NI = torch.ops.aten.silu_backward(grad_NI * up_NI, gate_NI)
-        return grad_gate_NI, grad_NI.mul_(silu_NI), grad_down_HI
+        gated_NI, dgate_NI, dup_NI = _gated_grads(grad_NH @ down_HI, gate_NI, up_NI)
+        return dgate_NI, dup_NI, grad_NH.mT @ gated_NI
+
+
+@fusable
+def _gated(gate_NI: Tensor, up_NI: Tensor) -> Tensor:
+    return F.silu(gate_NI) * up_NI
+
+
+@fusable
+def _gated_grads(grad_NI: Tensor, gate_NI: Tensor, up_NI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The product itself, and the gradients of gate and up."""
+    silu_NI = F.silu(gate_NI)
+    return silu_NI * up_NI, torch.ops.aten.silu_backward(grad_NI * up_NI, gate_NI), silu_NI.mul_(grad_NI)
+
+
+class _Rotated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_HNP: Tensor, cos_1NP: Tensor, sin_1NP: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_1NP, sin_1NP)
+        return _rotate(x_HNP, cos_1NP, sin_1NP)
+
+    @staticmethod
+    def backward(ctx: Any, grad_HNP: Tensor) -> tuple[Tensor | None, ...]:
+        # Both halves of a row's sines are the same, so the transpose of the rotation is the rotation back.
+        cos_1NP, sin_1NP = ctx.saved_tensors
+        return _rotate(grad_HNP, cos_1NP, -sin_1NP), None, None
 
 
 def rotate(x_HNP: Tensor, cos_1NP: Tensor, sin_1NP: Tensor) -> Tensor:
-    wide = x_HNP.to(torch.promote_types(x_HNP.dtype, cos_1NP.dtype))
-    first, second = wide.chunk(2, -1)
-    return (wide * cos_1NP + torch.cat([-second, first], -1) * sin_1NP).to(x_HNP.dtype)
+    return _Rotated.apply(x_HNP, cos_1NP, sin_1NP)
+
+
+@fusable
+def _rotate(x_HNP: Tensor, cos_1NP: Tensor, sin_1NP: Tensor) -> Tensor:
+    rows = x_HNP.to(torch.promote_types(x_HNP.dtype, cos_1NP.dtype))
+    first, second = rows.chunk(2, -1)
+    return (rows * cos_1NP + torch.cat([-second, first], -1) * sin_1NP).to(x_HNP.dtype)

@@ -20,8 +20,8 @@ from sglang_specforge.target import load_embedding_and_head
 from sglang_specforge.training_settings import Job
 from trainer.draft import Draft
 from trainer.evaluate import Simulated, simulate
+from trainer.fused import fuse
 from trainer.loss import FrozenTarget, Goal, unroll
-from trainer.objectives import LkLambda
 from trainer.optimizer import make_optimizers, set_learning_rates
 from trainer.sample import Sample, count_rows, pack
 from trainer.share import gather
@@ -54,8 +54,7 @@ class Learner:
         self.draft = load_draft(job, job.version_path(0)).to(device)
         self.target = load_target(job, dtype, device)
         self.draft.checkpoints_activations = self._settings.activation_checkpointing
-        if self._settings.compile:
-            self.draft.compile_layers()
+        fuse(self._settings.compile)
         fully_shard(
             self.draft,
             mesh=init_device_mesh(device.type, (dist.get_world_size(),)),
@@ -79,7 +78,7 @@ class Learner:
         rows_K, tokens_by_rank = counts[: settings.ttt_steps], counts[settings.ttt_steps :]
         goal = Goal.of(settings, rows_K, self.acceptance_K)
         set_learning_rates(self.optimizers, settings, self.step)
-        loss, correct_K = 0.0, [0.0] * settings.ttt_steps
+        loss, correct_K, rate_K = 0.0, [0.0] * settings.ttt_steps, [0.0] * settings.ttt_steps
         for i, own in enumerate(passes):
             self.draft.set_requires_gradient_sync(i == len(passes) - 1)
             found = unroll(self.draft, self.target, pack(own or [self._idle_sample()], self._device), goal)
@@ -87,14 +86,14 @@ class Learner:
             (found.loss * dist.get_world_size()).backward()
             loss += found.loss.item()
             correct_K = [c + k for c, k in zip(correct_K, found.correct_K.tolist(), strict=True)]
+            rate_K = [r + k for r, k in zip(rate_K, found.rate_K.tolist(), strict=True)]
         norm = nn.utils.clip_grad_norm_(self.draft.parameters(), settings.grad_clip).full_tensor()
         for optimizer in self.optimizers:
             if norm.isfinite():
                 optimizer.step()
             optimizer.zero_grad()
         self.step += 1
-        rates_K = [float(o.rate_sum) if isinstance(o, LkLambda) else 0.0 for o in goal.objectives_K]
-        loss, *sums = self._summed([loss, *correct_K, *rates_K])
+        loss, *sums = self._summed([loss, *correct_K, *rate_K])
         shares = [s / max(1, rows) for s, rows in zip(sums, 2 * rows_K, strict=True)]
         accuracy_K, self.acceptance_K = shares[: settings.ttt_steps], shares[settings.ttt_steps :]
         return Trained(self.step, loss, norm.item(), accuracy_K, tokens_by_rank)

@@ -18,6 +18,7 @@ from torch import Tensor
 from sglang_specforge.training_settings import TrainingSettings
 from trainer import objectives
 from trainer.draft import Begun, Draft
+from trainer.fused import fusable, top, wide
 from trainer.sample import Pack
 
 _CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}  # in memory at a time: enough to fill the device
@@ -37,10 +38,11 @@ class FrozenTarget:
 
 @dataclass(frozen=True)
 class Goal:
-    """What is minimised: the objective of each step, its weight there, and how rejections count."""
+    """What is minimised: the objective, its weights at each step, and how rejections count."""
 
-    objectives_K: list[objectives.Objective]
+    objective: objectives.Objective
     weights_K: list[float]
+    kl_weights_K: list[float]
     generated_only: bool = True
     rejection_weight: float = 0.0
     rejection_penalty: float = 0.0
@@ -48,13 +50,13 @@ class Goal:
     @classmethod
     def of(cls, settings: TrainingSettings, rows_K: list[int], acceptance_K: list[float]) -> "Goal":
         """``rows_K`` is what each step's loss is a mean over; ``acceptance_K`` each step's acceptance rate so far."""
-        if settings.objective == "lk_lambda":
-            chosen = [objectives.LkLambda(math.exp(-settings.lk_decay * rate)) for rate in acceptance_K]
-        else:
-            chosen = [objectives.OBJECTIVES[settings.objective]] * settings.ttt_steps
-        weights_K = [weight / max(1, rows) for weight, rows in zip(settings.step_weights, rows_K, strict=True)]
         return cls(
-            chosen, weights_K, settings.loss_on == "generated", settings.rejection_weight, settings.rejection_penalty
+            objectives.OBJECTIVES[settings.objective],
+            [weight / max(1, rows) for weight, rows in zip(settings.step_weights, rows_K, strict=True)],
+            [math.exp(-settings.lk_decay * rate) for rate in acceptance_K],
+            settings.loss_on == "generated",
+            settings.rejection_weight,
+            settings.rejection_penalty,
         )
 
 
@@ -64,6 +66,7 @@ class Unrolled:
 
     loss: Tensor
     correct_K: Tensor  # int64: of the rows that count at each step, those whose top choice is the target's
+    rate_K: Tensor  # the sum of their acceptance rates, of an objective that is made of it; or else zero
 
 
 def unroll(draft: Draft, target: FrozenTarget, pack: Pack, goal: Goal) -> Unrolled:
@@ -117,9 +120,9 @@ class Teacher:
         self._head_VH, self._ids_D, self._t2d_V = target.head_VH, draft.target_ids_D, draft.t2d
         self._draft_id_V = draft.t2d.cumsum(0) - 1  # draft ids follow the order of the target's
 
-    def in_chunks(self, row_M: Tensor) -> Iterator[Taught]:
-        """The teacher rows, so many at a time that their logits stay small."""
-        for row_C in row_M.split(_chunk_rows(self._head_VH, self._ids_D.numel())):
+    def in_chunks(self, row_M: Tensor, steps: int = 1) -> Iterator[Taught]:
+        """The teacher rows, so many at a time that logits stay small: theirs, and those of ``steps`` drafts of each."""
+        for row_C in row_M.split(_chunk_rows(self._head_VH, steps * self._ids_D.numel())):
             yield self._taught(row_C)
 
     def draft_ids(self, token_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,19 +132,26 @@ class Teacher:
 
     def _taught(self, row_C: Tensor) -> Taught:
         logits_CV = F.linear(self.pack.last_NH[row_C].to(self._head_VH.dtype), self._head_VH)
-        logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
-        best = self.draft_ids(logits_CV.argmax(-1))
+        ids_D = self._ids_D if self._ids_D.numel() < self._t2d_V.numel() else None
+        teacher_CD, mass_C, best_C = _distribution(logits_CV, ids_D)
         rejected, before_C = self.draft_ids(self.pack.rejected_N[row_C]), row_C - self.pack.first_row_N[row_C]
-        known_CD, mass_C = logits_CV, torch.ones_like(logits_CV[:, 0])
-        if self._ids_D.numel() < self._t2d_V.numel():
-            known_CD = logits_CV[:, self._ids_D]
-            mass_C = (known_CD.logsumexp(-1) - logits_CV.logsumexp(-1)).exp()
-        return Taught(row_C, known_CD.softmax(-1), mass_C, *best, *rejected, before_C)
+        return Taught(row_C, teacher_CD, mass_C, *self.draft_ids(best_C), *rejected, before_C)
 
 
-def _chunk_rows(head_VH: Tensor, D: int) -> int:
+def _chunk_rows(head_VH: Tensor, draft_logits: int) -> int:
     """So many that a chunk takes the same memory whatever the vocabularies: the target's logits, the draft's twice."""
-    return max(_LEAST_ROWS, _CHUNK_LOGITS[head_VH.device.type] // (head_VH.shape[0] + 2 * D))
+    return max(_LEAST_ROWS, _CHUNK_LOGITS[head_VH.device.type] // (head_VH.shape[0] + 2 * draft_logits))
+
+
+@fusable
+def _distribution(logits_CV: Tensor, ids_D: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The target's distribution over the draft vocabulary [C, D], that vocabulary's share of it, and its top token."""
+    logits_CV = logits_CV.to(wide(logits_CV.dtype))
+    _, best_C = top(logits_CV)
+    if ids_D is None:
+        return logits_CV.softmax(-1), torch.ones_like(logits_CV[:, 0]), best_C
+    known_CD = logits_CV[:, ids_D]
+    return known_CD.softmax(-1), (known_CD.logsumexp(-1) - logits_CV.logsumexp(-1)).exp(), best_C
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -150,54 +160,73 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, head_DH: Tensor, teacher: Teacher, row_M: Tensor, goal: Goal, *hidden_KNH: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(head_DH.dtype, torch.float32)
-        loss = head_DH.new_zeros((), dtype=wide)
-        correct_K = torch.zeros(len(hidden_KNH), dtype=torch.int64, device=head_DH.device)
-        grad_head_DH = torch.zeros_like(head_DH, dtype=wide)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        steps, dtype = len(hidden_KNH), wide(head_DH.dtype)
+        weight_K1, kl_weight_K1 = torch.tensor([goal.weights_K, goal.kl_weights_K]).to(head_DH.device, dtype)[..., None]
+        loss, rate_K = head_DH.new_zeros((), dtype=dtype), head_DH.new_zeros(steps, dtype=dtype)
+        correct_K = torch.zeros(steps, dtype=torch.int64, device=head_DH.device)
+        grad_head_DH = torch.zeros_like(head_DH, dtype=dtype)
         grads_KNH = [torch.zeros_like(h) for h in hidden_KNH]
-        for chunk in teacher.in_chunks(row_M):
-            weight_C = chunk.known_C * (1 + goal.rejection_weight * chunk.refused_C).to(wide)
-            for k, hidden_NH in enumerate(hidden_KNH):
-                n_C, counts_C = chunk.learners(k)
-                hidden_CH = hidden_NH[n_C]
-                loss_C, grad_CD, right_C = _loss_of_rows(
-                    F.linear(hidden_CH, head_DH).to(wide), chunk, counts_C, goal.objectives_K[k], goal
-                )
-                correct_K[k] += (right_C & counts_C).sum()
-                # The weights go onto the smaller factors of the two products.
-                weight_kC = weight_C * counts_C * goal.weights_K[k]
-                loss += loss_C @ weight_kC
-                grad_CD, weight_C1 = grad_CD.to(head_DH.dtype), weight_kC[:, None].to(head_DH.dtype)
-                grads_KNH[k].index_add_(0, n_C, (grad_CD @ head_DH).mul_(weight_C1))
-                _add_product(grad_head_DH, grad_CD.mT, hidden_CH * weight_C1)
+        for chunk in teacher.in_chunks(row_M, steps):
+            n_KC, counts_KC = map(torch.stack, zip(*(chunk.learners(k) for k in range(steps)), strict=True))
+            hidden_SH = torch.cat([hidden_NH[n_C] for hidden_NH, n_C in zip(hidden_KNH, n_KC, strict=True)])
+            logits_KCD = F.linear(hidden_SH, head_DH).unflatten(0, n_KC.shape)
+            scored, right_KC = _score(
+                goal.objective, logits_KCD, chunk.teacher_CD, chunk.mass_C, chunk.best_C, kl_weight_K1[:, 0]
+            )
+            if goal.rejection_penalty:
+                _penalise(scored, logits_KCD, chunk, goal.rejection_penalty)
+            correct_K += (right_KC & chunk.known_C & counts_KC).sum(-1)
+            if scored.rate_KC is not None:
+                rate_K += (scored.rate_KC * counts_KC).sum(-1)
+            # The weights go onto the smaller factors of the two products.
+            weight_C = chunk.known_C * (1 + goal.rejection_weight * chunk.refused_C).to(dtype)
+            weight_KC = weight_C * counts_KC * weight_K1
+            loss += (scored.loss_KC * weight_KC).sum()
+            grad_SD, weight_S1 = scored.grad_KCD.flatten(0, 1), weight_KC.flatten()[:, None].to(head_DH.dtype)
+            dhidden_KCH = (grad_SD @ head_DH).mul_(weight_S1).unflatten(0, n_KC.shape)
+            for grad_NH, n_C, dhidden_CH in zip(grads_KNH, n_KC, dhidden_KCH, strict=True):
+                grad_NH.index_add_(0, n_C, dhidden_CH)
+            _add_product(grad_head_DH, grad_SD.mT, hidden_SH * weight_S1)
         ctx.save_for_backward(grad_head_DH.to(head_DH.dtype), *grads_KNH)
-        ctx.mark_non_differentiable(correct_K)
-        return loss, correct_K
+        ctx.mark_non_differentiable(correct_K, rate_K)
+        return loss, correct_K, rate_K
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         # Made for this pass alone, so they are scaled where they are.
         head_DH, *hidden_KNH = (t.mul_(grad.to(t.dtype)) for t in ctx.saved_tensors)
         return head_DH, None, None, None, *hidden_KNH
 
 
-def _loss_of_rows(
-    logits_CD: Tensor, taught: Taught, counts_C: Tensor, objective: objectives.Objective, goal: Goal
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss [C] and its gradient [C, D] of rows that predict what ``taught`` says; whether the top choice is right."""
-    top_C, choice_C = logits_CD.max(-1)
-    draft_CD = logits_CD.softmax(-1)
-    lse_C = top_C - draft_CD.gather(-1, choice_C[:, None])[:, 0].log()
-    extra = None
-    if goal.rejection_penalty and (refused_R := taught.refused_C.nonzero().flatten()).numel():
-        extra = objectives.rejection_penalty(draft_CD[refused_R], taught.rejected_C[refused_R])
-    rows = objectives.Rows(logits_CD, draft_CD, lse_C, taught.teacher_CD, taught.mass_C, taught.best_C, counts_C)
-    loss_C, grad_CD = objective(rows)
-    if extra is not None:
-        loss_C = loss_C.index_add(0, refused_R, extra[0], alpha=goal.rejection_penalty)
-        grad_CD = grad_CD.index_add_(0, refused_R, extra[1], alpha=goal.rejection_penalty)
-    return loss_C, grad_CD, (choice_C == taught.best_C) & taught.known_C
+@fusable
+def _score(
+    objective: objectives.Objective,
+    logits_KCD: Tensor,
+    teacher_CD: Tensor,
+    mass_C: Tensor,
+    best_C: Tensor,
+    kl_weight_K: Tensor,
+) -> tuple[objectives.Scored, Tensor]:
+    """What the objective says, the gradient in the logits' dtype; and whether the top choice is ``best_C``."""
+    wide_KCD = logits_KCD.to(wide(logits_KCD.dtype))
+    top_KC, choice_KC = top(wide_KCD)
+    draft_KCD = wide_KCD.softmax(-1)
+    if torch.compiler.is_compiling():
+        lse_KC = wide_KCD.logsumexp(-1)  # shares its sums with the softmax
+    else:
+        lse_KC = top_KC - draft_KCD.gather(-1, choice_KC[..., None])[..., 0].log()
+    scored = objective(objectives.Rows(wide_KCD, draft_KCD, lse_KC, teacher_CD, mass_C, best_C, kl_weight_K))
+    return scored._replace(grad_KCD=scored.grad_KCD.to(logits_KCD.dtype)), choice_KC == best_C
+
+
+def _penalise(scored: objectives.Scored, logits_KCD: Tensor, taught: Taught, weight: float) -> None:
+    """Add the penalty of the rows where the target refused a token when it was served."""
+    refused_S = taught.refused_C.nonzero().flatten()
+    draft_KSD = logits_KCD[:, refused_S].to(scored.loss_KC.dtype).softmax(-1)
+    loss_KS, grad_KSD = objectives.rejection_penalty(draft_KSD, taught.rejected_C[refused_S])
+    scored.loss_KC.index_add_(1, refused_S, loss_KS, alpha=weight)
+    scored.grad_KCD.index_add_(1, refused_S, grad_KSD.to(scored.grad_KCD.dtype), alpha=weight)
 
 
 def _add_product(sum_DH: Tensor, a_DS: Tensor, b_SH: Tensor) -> None:

@@ -18,7 +18,7 @@ from sglang_specforge.settings import (
     DraftTrainingSettings,
     Run,
     SettingsError,
-    check_device,
+    check_machine,
     check_run_folder,
     load_settings,
 )
@@ -55,7 +55,7 @@ def consume_flags(cls: type, args: argparse.Namespace) -> None:
             check_run_folder(settings)
             if settings.trainer == "spawn":
                 settings.check_spill()
-                check_device(settings, settings.trainer_processes)
+                check_machine(settings, settings.trainer_processes)
             _start_run(args, settings.with_absolute_folders())  # others read them, from folders of their own
         elif given or file:
             flags = ", ".join(flag_of(DraftTrainingSettings, name, _PREFIX) for name in ([*given] or ["config"]))

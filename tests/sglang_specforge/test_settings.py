@@ -2,7 +2,7 @@
 
 import pytest
 
-from sglang_specforge.settings import DraftTrainingSettings, Run, SettingsError, load_settings
+from sglang_specforge.settings import DraftTrainingSettings, Run, SettingsError, check_machine, load_settings
 from tests.tiny import make_run, make_target
 
 
@@ -61,3 +61,10 @@ def test_a_requests_alias_is_the_same_for_whoever_knows_the_run_and_tells_nobody
     assert told.alias("alice-1") == run.alias("alice-1") != other.alias("alice-1")
     assert run.alias("alice-1") != run.alias("alice-2")
     assert "alice" not in run.alias("alice-1")
+
+
+def test_compiling_without_a_compiler_is_refused_by_name(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    check_machine(DraftTrainingSettings(), 1)
+    with pytest.raises(SettingsError, match="needs the compiler no-such-compiler, which is not there"):
+        check_machine(DraftTrainingSettings(compile=True), 1)

@@ -10,6 +10,7 @@ from sglang_specforge.contracts.control import Parity, TokenLedger
 from sglang_specforge.versions import VersionFolder
 from tests.tiny import make_run, make_sample, make_target
 from trainer.evaluate import by_slice
+from trainer.fused import fuse
 from trainer.learner import Learner
 from trainer.parity import ParityCheck
 from trainer.resume import Checkpoints, OfflinePosition, OnlinePosition, ResumeError, StreamPosition
@@ -23,6 +24,13 @@ def process_group():
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays_compiled():
+    yield
+    fuse(False)
+    torch.compiler.reset()
 
 
 @pytest.fixture
@@ -42,6 +50,23 @@ def test_the_loss_falls_and_acceptance_rises_on_a_sample_seen_again(run):
     assert last.loss < 0.7 * first
     assert last.step == 61
     assert by_slice(learner.simulate([samples]))[""].length > before
+
+
+@pytest.mark.parametrize(("objective", "activation_checkpointing"), [("soft_ce", False), ("lk_lambda", True)])
+def test_a_compiled_step_learns_the_same(run, objective, activation_checkpointing):
+    given = {"objective": objective, "activation_checkpointing": activation_checkpointing, "rejection_penalty": 0.5}
+    rejected_T = torch.arange(24).where(torch.arange(24) % 3 == 0, -1)
+    passes = [
+        [make_sample(24, last_TH=100 * torch.randn(24, 16), rejected_T=rejected_T), make_sample(9)],
+        [make_sample(17)],
+    ]
+    found = []
+    for compiles in (False, True):
+        settings = run.settings.model_copy(update={**given, "compile": compiles})
+        learner = Learner(run.model_copy(update={"settings": settings}), CPU)
+        trained = [learner.train(passes) for _ in range(3)]
+        found.append([number for t in trained for number in (t.loss, t.grad_norm, *t.accuracy_K)])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
 def test_acceptance_is_told_apart_by_slice(run):
