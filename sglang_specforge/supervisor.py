@@ -102,10 +102,13 @@ class TrainerSupervisor:
                 "-m",
             ]
         with (self._run.run_dir / "trainer.log").open("ab") as log:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-m", *launcher, "trainer"],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
             )
+        with contextlib.suppress(ProcessLookupError):  # its end is seen by whoever polls it
+            os.setpriority(os.PRIO_PROCESS, process.pid, settings.trainer_niceness)
+        return process
