@@ -65,9 +65,10 @@ class Curve:
 
     @property
     def first_version(self) -> Stretch:
-        """While the draft was the one that the server started with."""
+        """While the draft was the one that the server started with; it may have been tried before the first look."""
         first = self.looks[0]
-        return Stretch(first, [look for look in self.looks if look.version == first.version][-1])
+        start = Look(0.0, 0, 0, 0, first.version, 0)
+        return Stretch(start, [look for look in self.looks if look.version == first.version][-1])
 
     def line(self) -> str:
         look = self.looks[-1]

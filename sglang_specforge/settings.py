@@ -138,7 +138,10 @@ class DraftTrainingSettings(OnlineSettings):
     )
     trainer_processes: int = Field(1, ge=1, description="Processes of the trainer; with CUDA, one on each GPU.")
     trainer_niceness: int = Field(
-        10, ge=0, le=19, description="Niceness of the trainer's processes: where cores are scarce, the server goes first."
+        10,
+        ge=0,
+        le=19,
+        description="Niceness of the trainer's processes: where cores are scarce, the server goes first.",
     )
     ring_mb: int = Field(256, ge=1, description="Host memory for captured states on their way to the trainer, in MiB.")
     capture_sample: float = Field(

@@ -162,7 +162,8 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx: Any, head_DH: Tensor, teacher: Teacher, row_M: Tensor, goal: Goal, *hidden_KNH: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         steps, dtype = len(hidden_KNH), wide(head_DH.dtype)
-        weight_K1, kl_weight_K1 = torch.tensor([goal.weights_K, goal.kl_weights_K]).to(head_DH.device, dtype)[..., None]
+        given_2K = torch.tensor([goal.weights_K, goal.kl_weights_K], dtype=torch.float64)
+        weight_K, kl_weight_K = given_2K.to(head_DH.device, dtype)
         loss, rate_K = head_DH.new_zeros((), dtype=dtype), head_DH.new_zeros(steps, dtype=dtype)
         correct_K = torch.zeros(steps, dtype=torch.int64, device=head_DH.device)
         grad_head_DH = torch.zeros_like(head_DH, dtype=dtype)
@@ -172,7 +173,7 @@ class _ChunkedLoss(torch.autograd.Function):
             hidden_SH = torch.cat([hidden_NH[n_C] for hidden_NH, n_C in zip(hidden_KNH, n_KC, strict=True)])
             logits_KCD = F.linear(hidden_SH, head_DH).unflatten(0, n_KC.shape)
             scored, right_KC = _score(
-                goal.objective, logits_KCD, chunk.teacher_CD, chunk.mass_C, chunk.best_C, kl_weight_K1[:, 0]
+                goal.objective, logits_KCD, chunk.teacher_CD, chunk.mass_C, chunk.best_C, kl_weight_K
             )
             if goal.rejection_penalty:
                 _penalise(scored, logits_KCD, chunk, goal.rejection_penalty)
@@ -181,7 +182,7 @@ class _ChunkedLoss(torch.autograd.Function):
                 rate_K += (scored.rate_KC * counts_KC).sum(-1)
             # The weights go onto the smaller factors of the two products.
             weight_C = chunk.known_C * (1 + goal.rejection_weight * chunk.refused_C).to(dtype)
-            weight_KC = weight_C * counts_KC * weight_K1
+            weight_KC = weight_C * counts_KC * weight_K[:, None]
             loss += (scored.loss_KC * weight_KC).sum()
             grad_SD, weight_S1 = scored.grad_KCD.flatten(0, 1), weight_KC.flatten()[:, None].to(head_DH.dtype)
             dhidden_KCH = (grad_SD @ head_DH).mul_(weight_S1).unflatten(0, n_KC.shape)
