@@ -109,6 +109,9 @@ class TrainerSupervisor:
                 stdout=log,
                 stderr=log,
             )
-        with contextlib.suppress(ProcessLookupError):  # its end is seen by whoever polls it
-            os.setpriority(os.PRIO_PROCESS, process.pid, settings.trainer_niceness)
+        try:
+            niceness = os.getpriority(os.PRIO_PROCESS, 0) + settings.trainer_niceness
+            os.setpriority(os.PRIO_PROCESS, process.pid, niceness)
+        except OSError as error:
+            logger.warning("draft training: the trainer keeps the server's own priority (%s)", error)
         return process

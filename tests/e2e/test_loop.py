@@ -152,6 +152,12 @@ def test_a_good_checkpoint_is_swapped_in_over_http(client):
     assert client.post("/draft/versions", json={"pth": "x"}).status_code == 400
 
 
+def test_the_trainer_has_a_lower_priority_than_its_server(client):
+    process = wait_for("a trainer", lambda: heard(client))["trainer"]["process"]
+    server, trainer = (os.getpriority(os.PRIO_PROCESS, pid) for pid in (client.server.process.pid, process["pid"]))
+    assert trainer == min(19, server + 10)
+
+
 @pytest.mark.parametrize("way", ["killed", "stopped for 30 s"])
 def test_the_trainer_is_gone_and_no_request_notices(client, reference, way):
     wait_for("a trained step", lambda: client.status()["trainer"]["step"] > 0)
