@@ -139,8 +139,8 @@ class Teacher:
 
 
 def _chunk_rows(head_VH: Tensor, draft_logits: int) -> int:
-    """So many that a chunk takes the same memory whatever the vocabularies: the target's logits, the draft's twice."""
-    return max(_LEAST_ROWS, _CHUNK_LOGITS[head_VH.device.type] // (head_VH.shape[0] + 2 * draft_logits))
+    """So many that a chunk takes the same memory whatever the vocabularies: the target's logits, the draft's thrice."""
+    return max(_LEAST_ROWS, _CHUNK_LOGITS[head_VH.device.type] // (head_VH.shape[0] + 3 * draft_logits))
 
 
 @fusable
