@@ -5,7 +5,7 @@ tensors, each with a gradient of its own, so that one compiled graph serves ever
 """
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, TypeVar
 
 import torch
@@ -23,16 +23,21 @@ def fuse(on: bool = True) -> None:
 
 def fusable(function: F) -> F:
     """A function on tensors that are not followed by autograd."""
-    compiled = torch.compile(function)
 
     @wraps(function)
     def call(*given: Any) -> Any:
         if not _on or torch.compiler.is_compiling():
             return function(*given)
         # Else there would be a graph for each set of inputs that require gradients.
-        return compiled(*(t.detach() if isinstance(t, Tensor) else t for t in given))
+        return _compiled(function)(*(t.detach() if isinstance(t, Tensor) else t for t in given))
 
     return call  # type: ignore[return-value]
+
+
+@cache
+def _compiled(function: F) -> F:
+    """Not before it is called for: the compiler alone takes a second to import."""
+    return torch.compile(function)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
