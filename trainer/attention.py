@@ -162,10 +162,9 @@ def _own_grads(
     value_GNP: Tensor,
     dq_GRNP: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    scale = q_GRNP.shape[-1] ** -0.5
-    prob_GRN = (_dot(q_GRNP, key_GNP[:, None]) * scale - lse_GRN).exp()
+    prob_GRN = (_own_scores(q_GRNP, key_GNP) - lse_GRN).exp()
     gain_GRN = _dot(grad_GRNP, value_GNP[:, None]) - mean_GRN
-    dscore_GRN1 = (prob_GRN * gain_GRN * scale)[..., None].to(q_GRNP.dtype)
+    dscore_GRN1 = (prob_GRN * gain_GRN * q_GRNP.shape[-1] ** -0.5)[..., None].to(q_GRNP.dtype)
     dq_GRNP.addcmul_(dscore_GRN1, key_GNP[:, None])
     prob_GRN1 = prob_GRN[..., None].to(q_GRNP.dtype)
     return (dscore_GRN1 * q_GRNP).sum(1), (prob_GRN1 * grad_GRNP).sum(1)

@@ -202,6 +202,6 @@ def rotate(x_HNP: Tensor, cos_1NP: Tensor, sin_1NP: Tensor) -> Tensor:
 
 @fusable
 def _rotate(x_HNP: Tensor, cos_1NP: Tensor, sin_1NP: Tensor) -> Tensor:
-    rows = x_HNP.to(torch.promote_types(x_HNP.dtype, cos_1NP.dtype))
+    rows = x_HNP.to(wide(x_HNP.dtype))
     first, second = rows.chunk(2, -1)
     return (rows * cos_1NP + torch.cat([-second, first], -1) * sin_1NP).to(x_HNP.dtype)
