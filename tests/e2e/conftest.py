@@ -16,6 +16,7 @@ from sglang_specforge.server_process import ServerProcess
 from sglang_specforge.settings import DraftTrainingSettings
 from sglang_specforge.settings_flags import flag_of
 from sglang_specforge.traffic import stream_prompts
+from tests.e2e.spares import QuickServer
 
 TARGET = Path(__file__).parents[2] / "examples" / "tiny_target"
 SERVING = [
@@ -128,9 +129,10 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Cl
         training: dict[str, Any] | None = None,
         model: Path = TARGET,
         beside: bool = False,
+        kind: type[ServerProcess] = QuickServer,
         **ranks: int,
     ) -> Client:
-        key = (arguments, repr(training), model, beside, tuple(ranks.items()))
+        key = (arguments, repr(training), model, beside, kind, tuple(ranks.items()))
         if key in running:
             return running[key]
         # To end takes as long as SGLang looks for SIGTERM, every 5 s, and nothing else: the next one starts meanwhile.
@@ -143,7 +145,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Cl
             training = {"drafting": "always"} | training  # a draft that does not pay here is still looked at
             flags = ["--enable-draft-training", "--draft-training-run-dir", folder / "run"]
             flags += [part for name, value in training.items() for part in (training_flag(name), value)]
-        server = ServerProcess.start(folder / "log", ["--model-path", model, *SERVING, *arguments, *flags], **ranks)
+        server = kind.start(folder / "log", ["--model-path", model, *SERVING, *arguments, *flags], **ranks)
         for end in ending:
             end.result()
         running[key] = Client(server, folder / "run")

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sglang_specforge.checkpoint import FINGERPRINT_KEY
+from sglang_specforge.server_process import ServerProcess
 from sglang_specforge.versions import VersionFolder
 from tests.e2e.conftest import (
     TARGET,
@@ -32,8 +33,9 @@ QUICK = {**TRAINING, "publish-every-s": 2, "replay-tokens": 20000}
 
 @pytest.fixture
 def client(start, reference):
+    """As a user starts it: each process imports SGLang and finds the plugin by itself."""
     reference()  # its server has to be done with before this one starts
-    return start("--dtype", "float32", "--chunked-prefill-size", 128, training=QUICK)
+    return start("--dtype", "float32", "--chunked-prefill-size", 128, training=QUICK, kind=ServerProcess)
 
 
 def test_output_is_that_of_a_server_without_speculation_while_drafts_are_swapped(client, reference):

@@ -1,0 +1,157 @@
+"""Servers whose processes need not import SGLang, which is most of a start on two cores: each copies one that has.
+
+Each process gets what it would get by ``spawn`` (its parent, its environment, its pickled arguments and nothing else of
+its parent's), but begins as a spare that was forked before anything of SGLang had run.
+"""
+
+import io
+import multiprocessing
+import os
+import runpy
+import socket
+import subprocess
+import sys
+from functools import cache
+from multiprocessing import forkserver, popen_fork, popen_forkserver, popen_spawn_posix, process, reduction, spawn, util
+from multiprocessing.context import ForkServerContext, SpawnProcess, set_spawning_popen
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from sglang_specforge.server_process import ServerProcess
+
+_IMPORTED = ["sglang.launch_server", "sglang.srt.entrypoints.http_server", "sglang.srt.managers.scheduler"]
+_READ_WHEN_IMPORTED = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
+_READ_LATER = {"SGLANG_CPU_OMP_THREADS_BIND", "PYTEST_CURRENT_TEST"}
+_SPARES = 3  # of each process: two ranks and the detokenizer; any more are spawned
+
+
+class QuickServer(ServerProcess):
+    """The same server, started as ever where its environment or device is another than usual."""
+
+    def _spawn(self) -> Any:
+        given = {name: value for name, value in self._environment.items() if name not in _READ_LATER}
+        if given != {name: value for name, value in _usual().items() if name not in _READ_LATER}:
+            return super()._spawn()
+        server = _with_sglang().Process(target=_serve, args=(self._command[3:], self._environment, self.log))
+        server.start()
+        return _Child(server)
+
+
+class _Child:
+    """What is used of ``subprocess.Popen``."""
+
+    def __init__(self, child: process.BaseProcess) -> None:
+        self._child, self.pid, self.terminate, self.kill = child, child.pid, child.terminate, child.kill
+
+    @property
+    def returncode(self) -> int | None:
+        return self._child.exitcode
+
+    def poll(self) -> int | None:
+        return self._child.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._child.join(timeout)
+        if self._child.exitcode is None:
+            raise subprocess.TimeoutExpired(str(self.pid), timeout)
+        return self._child.exitcode
+
+
+@cache
+def _usual() -> dict[str, str]:
+    return {**os.environ, **_READ_WHEN_IMPORTED}
+
+
+@cache
+def _with_sglang() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_IMPORTED)
+    with patch.dict(os.environ, _usual()):
+        forkserver.ensure_running()
+    return context
+
+
+def _serve(arguments: list[str], environment: dict[str, str], log: Path) -> None:
+    """``python -m sglang.launch_server``."""
+    os.setsid()
+    with log.open("ab") as out:
+        os.dup2(out.fileno(), 1)
+        os.dup2(out.fileno(), 2)
+    _set_environment(environment)
+    _keep_spares()
+    sys.argv = ["launch_server", *arguments]
+    runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
+
+
+def _set_environment(environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+class _Spare:
+    """A child that waits for what it is to be; ends when nobody can tell it any more."""
+
+    def __init__(self, others: list["_Spare"]) -> None:
+        self.channel, theirs = socket.socketpair()
+        self.pid = os.fork()
+        if self.pid == 0:
+            code = 1
+            try:
+                for channel in (self.channel, *(other.channel for other in others)):
+                    channel.close()
+                code = _become(theirs)
+            finally:
+                util._flush_std_streams()
+                os._exit(code)
+        theirs.close()
+
+
+def _become(channel: socket.socket) -> int:
+    said, received, *_ = socket.recv_fds(channel, 1, 250)
+    if not said:
+        return 0
+    data, *forkserver._forkserver._inherited_fds = received
+    _keep_spares()
+    with os.fdopen(os.dup(data), "rb", buffering=0) as given:
+        _set_environment(reduction.pickle.load(given))
+    return spawn._main(data, os.dup(data))
+
+
+def _keep_spares() -> None:
+    """From here on, what this process spawns takes the place of a spare."""
+    spares: list[_Spare] = []
+    for _ in range(_SPARES):
+        spares.append(_Spare(spares))
+
+    def start(child: process.BaseProcess) -> popen_fork.Popen:
+        return _FromSpare(child, spares.pop(0)) if spares else popen_spawn_posix.Popen(child)
+
+    SpawnProcess._Popen = staticmethod(start)
+
+
+class _FromSpare(popen_forkserver.Popen):
+    """Hands files over as that does; the process is a child all the same, and waited for like one."""
+
+    poll = popen_fork.Popen.poll
+
+    def __init__(self, child: process.BaseProcess, spare: _Spare) -> None:
+        self._spare = spare
+        super().__init__(child)
+
+    def _launch(self, child: process.BaseProcess) -> None:
+        set_spawning_popen(self)
+        try:
+            pickled = io.BytesIO()
+            for what in (dict(os.environ), spawn.get_preparation_data(child.name), child):
+                reduction.dump(what, pickled)
+        finally:
+            set_spawning_popen(None)
+        data, ours = os.pipe()
+        socket.send_fds(self._spare.channel, [b"!"], [data, *self._fds])
+        os.close(data)
+        self.pid, self.sentinel = self._spare.pid, self._spare.channel.fileno()
+        held = os.dup(ours)  # closed when this process ends: the child may ask for that
+        self.finalizer = util.Finalize(self, util.close_fds, (held,))
+        with open(ours, "wb") as out:
+            out.write(pickled.getbuffer())
