@@ -22,7 +22,7 @@ from trainer.fused import fusable, top, wide
 from trainer.sample import Pack
 
 _CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}  # in memory at a time: enough to fill the device
-_LEAST_ROWS = 8
+_LEAST_LOGITS_ROWS = 8  # of the draft's
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class Teacher:
 
     def in_chunks(self, row_M: Tensor, steps: int = 1) -> Iterator[Taught]:
         """The teacher rows, so many at a time that logits stay small: theirs, and those of ``steps`` drafts of each."""
-        for row_C in row_M.split(_chunk_rows(self._head_VH, steps * self._ids_D.numel())):
+        for row_C in row_M.split(_chunk_rows(self._head_VH, steps, self._ids_D.numel())):
             yield self._taught(row_C)
 
     def draft_ids(self, token_C: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,9 +138,10 @@ class Teacher:
         return Taught(row_C, teacher_CD, mass_C, *self.draft_ids(best_C), *rejected, before_C)
 
 
-def _chunk_rows(head_VH: Tensor, draft_logits: int) -> int:
+def _chunk_rows(head_VH: Tensor, steps: int, draft_vocab: int) -> int:
     """So many that a chunk takes the same memory whatever the vocabularies: the target's logits, the draft's thrice."""
-    return max(_LEAST_ROWS, _CHUNK_LOGITS[head_VH.device.type] // (head_VH.shape[0] + 3 * draft_logits))
+    rows = _CHUNK_LOGITS[head_VH.device.type] // (head_VH.shape[0] + 3 * steps * draft_vocab)
+    return max(rows, math.ceil(_LEAST_LOGITS_ROWS / steps))
 
 
 @fusable

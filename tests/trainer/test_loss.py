@@ -109,8 +109,15 @@ def test_weights_of_steps_and_prompts_too(tmp_path):
 
 
 def test_chunks_change_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(loss, "_chunk_rows", lambda head, draft_logits: 5)
+    monkeypatch.setattr(loss, "_chunk_rows", lambda *_: 5)
     compare(tmp_path, 32, objective="soft_ce", rejection_penalty=0.3)
+
+
+@pytest.mark.parametrize("D", [4096, 32768, 131072])
+def test_a_chunk_takes_no_more_memory_for_a_larger_vocabulary(D):
+    head_VH, steps = torch.empty(131072, 1), 7
+    logits = loss._chunk_rows(head_VH, steps, D) * (131072 + 3 * steps * D)
+    assert logits < 1.5 * loss._CHUNK_LOGITS["cpu"]
 
 
 def test_a_batch_without_a_row_to_learn_from_has_a_finite_loss(tmp_path):
