@@ -33,7 +33,8 @@ class QuickServer(ServerProcess):
         given = {name: value for name, value in self._environment.items() if name not in _READ_LATER}
         if given != {name: value for name, value in _usual().items() if name not in _READ_LATER}:
             return super()._spawn()
-        server = _with_sglang().Process(target=_serve, args=(self._command[3:], self._environment, self.log))
+        _, _, module, *arguments = self._command
+        server = _with_sglang().Process(target=_serve, args=(module, arguments, self._environment, self.log))
         server.start()
         return _Child(server)
 
@@ -72,16 +73,16 @@ def _with_sglang() -> ForkServerContext:
     return context
 
 
-def _serve(arguments: list[str], environment: dict[str, str], log: Path) -> None:
-    """``python -m sglang.launch_server``."""
+def _serve(module: str, arguments: list[str], environment: dict[str, str], log: Path) -> None:
+    """``python -m module`` with these arguments."""
     os.setsid()
     with log.open("ab") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
     _set_environment(environment)
     _keep_spares()
-    sys.argv = ["launch_server", *arguments]
-    runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def _set_environment(environment: dict[str, str]) -> None:
