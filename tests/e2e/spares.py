@@ -7,6 +7,7 @@ its parent's), but begins as a spare that was forked before anything of SGLang h
 import io
 import multiprocessing
 import os
+import pickle
 import runpy
 import socket
 import subprocess
@@ -30,8 +31,7 @@ class QuickServer(ServerProcess):
     """The same server, started as ever where its environment or device is another than usual."""
 
     def _spawn(self) -> Any:
-        given = {name: value for name, value in self._environment.items() if name not in _READ_LATER}
-        if given != {name: value for name, value in _usual().items() if name not in _READ_LATER}:
+        if _read_early(self._environment) != _usual():
             return super()._spawn()
         _, _, module, *arguments = self._command
         server = _with_sglang().Process(target=_serve, args=(module, arguments, self._environment, self.log))
@@ -59,9 +59,13 @@ class _Child:
         return self._child.exitcode
 
 
+def _read_early(environment: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name not in _READ_LATER}
+
+
 @cache
 def _usual() -> dict[str, str]:
-    return {**os.environ, **_READ_WHEN_IMPORTED}
+    return _read_early({**os.environ, **_READ_WHEN_IMPORTED})
 
 
 @cache
@@ -114,8 +118,8 @@ def _become(channel: socket.socket) -> int:
         return 0
     data, *forkserver._forkserver._inherited_fds = received
     _keep_spares()
-    with os.fdopen(os.dup(data), "rb", buffering=0) as given:
-        _set_environment(reduction.pickle.load(given))
+    with open(data, "rb", buffering=0, closefd=False) as given:
+        _set_environment(pickle.load(given))
     return spawn._main(data, os.dup(data))
 
 
@@ -152,7 +156,6 @@ class _FromSpare(popen_forkserver.Popen):
         socket.send_fds(self._spare.channel, [b"!"], [data, *self._fds])
         os.close(data)
         self.pid, self.sentinel = self._spare.pid, self._spare.channel.fileno()
-        held = os.dup(ours)  # closed when this process ends: the child may ask for that
-        self.finalizer = util.Finalize(self, util.close_fds, (held,))
-        with open(ours, "wb") as out:
+        self.finalizer = util.Finalize(self, util.close_fds, (ours,))  # as this process ends: the child may ask for it
+        with open(ours, "wb", closefd=False) as out:
             out.write(pickled.getbuffer())
