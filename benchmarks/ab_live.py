@@ -6,7 +6,6 @@ Every run goes on until it has a verdict or its blocks are over. Beside the verd
 peer that many would use, a t-test after every block, on the same blocks.
 """
 
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -76,7 +75,7 @@ def main(
             for r in found
         ]
         ratios = {"found different / runs": alarms / runs, "t-test found different / runs": peer / runs}
-        save_record(json_file, " ".join(sys.argv), ratios, samples)
+        save_record(json_file, ratios, samples)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ what many do: a t-test after every block, stopped when it is significant. Reques
 them, the mix drifts over hours, turns overlap requests, and the two arms of a block see different requests.
 """
 
-import sys
 from functools import cache
 from itertools import product
 from typing import Annotated, NamedTuple
@@ -101,7 +100,7 @@ def main(
         ratios[f"{requests} requests, {gain:.0%}: found different"] = share["better"] + share["worse"]
     console.print(table)
     if json_file:
-        save_record(json_file, " ".join(sys.argv), ratios, samples)
+        save_record(json_file, ratios, samples)
 
 
 if __name__ == "__main__":

@@ -151,7 +151,7 @@ def main(
     Console(width=120).print(table)
     if json_file:
         named = {f"throughput, {arm} / paused": found[arm] for arm in ARMS[1:]}
-        save_record(json_file, " ".join(sys.argv), named, [vars(m) for m in measured])
+        save_record(json_file, named, [vars(m) for m in measured])
 
 
 if __name__ == "__main__":

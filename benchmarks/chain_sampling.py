@@ -9,7 +9,6 @@ repeats, K drafts, V vocabulary. Exit code 1 where they differ by more than chan
 """
 
 import math
-import sys
 from typing import Annotated
 
 import torch
@@ -58,7 +57,7 @@ def main(
     print(f"accepted of {K} drafts: expected {expected:.4f}, sampled {mean:.4f} (standard error {error:.4f})")
     if json_file:
         sample = {"expected": expected, "sampled": mean, "error": error, "repeats": sampled.numel()}
-        save_record(json_file, " ".join(sys.argv), {"sampled / expected": mean / expected}, [sample])
+        save_record(json_file, {"sampled / expected": mean / expected}, [sample])
     raise typer.Exit(abs(mean - expected) > SIGMAS * error)
 
 

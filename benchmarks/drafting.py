@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import random
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -111,7 +110,7 @@ def main(
             consumer.end()
     Console(width=140).print(table)
     if json_file:
-        save_record(json_file, " ".join(sys.argv), ratios, samples)
+        save_record(json_file, ratios, samples)
 
 
 if __name__ == "__main__":

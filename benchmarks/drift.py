@@ -9,7 +9,6 @@ the last half minute before the turn, of the worst half minute after it, and at 
 """
 
 import asyncio
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -84,7 +83,7 @@ def main(
     if json_file:
         ratios = {"worst after the turn / before it": worst / before, "end / numbers alone": end / alone[-1]}
         samples = [{"before": before, "worst": worst, "end": end, "alone": alone[-1]}, *events]
-        save_record(json_file, " ".join(sys.argv), ratios, samples)
+        save_record(json_file, ratios, samples)
 
 
 if __name__ == "__main__":

@@ -191,7 +191,7 @@ def main(
         ratios = {f"p99 between pieces, {name} / calm": value / found["calm"] for name, value in found.items()}
         ratios |= {"memory after / before": after_mb / before_mb, "failed requests": len(load.failures)}
         records = [{"window": n, "begin_s": b - windows[0][1], "end_s": e - windows[0][1]} for n, b, e in windows]
-        save_record(json_file, " ".join(sys.argv), ratios, records)
+        save_record(json_file, ratios, records)
 
 
 if __name__ == "__main__":

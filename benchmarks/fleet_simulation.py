@@ -11,7 +11,6 @@ Poisson arrivals, messages of equal size; the trainer's step is given, not measu
 """
 
 import multiprocessing
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -314,7 +313,7 @@ def main(
     for name, value in ratios.items():
         print(f"{name}: {value:.3f}")
     if json_file:
-        save_record(json_file, " ".join(sys.argv), ratios, [asdict(cost), *samples])
+        save_record(json_file, ratios, [asdict(cost), *samples])
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import json
 import math
 import platform
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -96,10 +97,9 @@ def mean_ratio(ratios: Sequence[float]) -> tuple[float, float, float]:
     return math.exp(mean), math.exp(mean - reach), math.exp(mean + reach)
 
 
-def save_record(
-    file: Path, command: str, ratios: dict[str, float], samples: list[dict[str, Any]], **versions: str
-) -> None:
-    """The JSON that every benchmark writes, all at once."""
+def save_record(file: Path, ratios: dict[str, float], samples: list[dict[str, Any]], **versions: str) -> None:
+    """The JSON that every benchmark writes, all at once; of where this machine keeps it, its name alone."""
+    command = " ".join(sys.argv)
     record = {
         "machine": {
             "architecture": platform.machine(),
@@ -108,7 +108,7 @@ def save_record(
             "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "versions": {"torch": torch.__version__, "python": platform.python_version(), **versions},
-        "command": command,
+        "command": command.replace(str(file), file.name) if file.is_absolute() else command,
         "ratios": ratios,
         "samples": samples,
     }

@@ -10,7 +10,6 @@ states are compared with those from the store.
 """
 
 import random
-import sys
 import tempfile
 import time
 import uuid
@@ -183,7 +182,7 @@ def main(
         ratio["ingest with the spill / without it"] = (
             records[1]["ingest_cpu_s_per_sample"] / records[0]["ingest_cpu_s_per_sample"]
         )
-        save_record(json_file, " ".join(sys.argv), ratio, [*records, compared])
+        save_record(json_file, ratio, [*records, compared])
 
 
 if __name__ == "__main__":

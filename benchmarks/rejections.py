@@ -9,7 +9,6 @@ result is evaluated by simulation on other sequences of the same server. On a CP
 
 import random
 import statistics
-import sys
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -126,7 +125,7 @@ def main(
         records = [
             {"arm": arm, "held_out_acceptance_lengths": lengths, "before": before} for arm, lengths in found.items()
         ]
-        save_record(json_file, " ".join(sys.argv), ratios(found), records)
+        save_record(json_file, ratios(found), records)
 
 
 def ratios(found: dict[str, list[float]]) -> dict[str, float]:

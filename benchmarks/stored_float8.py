@@ -6,7 +6,6 @@
 samples as they are. The ratio is of acceptance lengths, float8 to the peer, which is the dataset as served.
 """
 
-import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -79,7 +78,7 @@ def main(
     if json_file:
         ratio = found["float8"].length / found[samples.manifest.stored].length
         records = [{"stored": stored, **asdict(simulated)} for stored, simulated in found.items()]
-        save_record(json_file, " ".join(sys.argv), {"acceptance length, float8 to as served": ratio}, records)
+        save_record(json_file, {"acceptance length, float8 to as served": ratio}, records)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ server itself tells how long a step with a swap takes, from one verification to 
 
 import asyncio
 import contextlib
-import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -128,7 +127,7 @@ def main(
     if json_file:
         ratios["longest step with a swap / median step without"] = steps["longest_to_median"]
         samples.append({"longest_copy_ms": longest_ms, "steps_with_a_swap": steps["timed"]})
-        save_record(json_file, " ".join(sys.argv), ratios, samples)
+        save_record(json_file, ratios, samples)
 
 
 if __name__ == "__main__":

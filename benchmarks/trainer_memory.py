@@ -8,7 +8,6 @@ left grows with the draft vocabulary by one gradient of the head, D x H, which i
 step with the logits of all rows, at all steps of the test, at once.
 """
 
-import sys
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -82,7 +81,7 @@ def main(
         ratios = {
             f"whole/chunked at D={D}": whole / found["peak_bytes"] for D, found, whole, _ in by_vocabulary if whole
         }
-        save_record(json_file, " ".join(sys.argv), ratios, samples)
+        save_record(json_file, ratios, samples)
 
 
 if __name__ == "__main__":

@@ -264,7 +264,7 @@ def main(
     show(samples)
     if json_file:
         ratios = {f"{s['shape']['name']}: {name}": s[f"{name}_ratio"] for s in samples for name in ("speed", "memory")}
-        save_record(json_file, " ".join(sys.argv), ratios, samples, specforge="0.2.0")
+        save_record(json_file, ratios, samples, specforge="0.2.0")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ memory is two copies, in two processes at a time. One thread each; the engine ha
 
 import multiprocessing
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -244,7 +243,7 @@ def main(
     for name, value in ratios.items():
         print(f"{name}: {value:.2f}")
     if json_file:
-        save_record(json_file, " ".join(sys.argv), ratios, [vars(m) for m in measured])
+        save_record(json_file, ratios, [vars(m) for m in measured])
 
 
 if __name__ == "__main__":
