@@ -88,7 +88,10 @@ def test_two_servers_feed_one_draft_in_two_processes_each_sample_once(servers, t
     wait_for("two swaps on each server", both_swapped_twice, 240)
     for client in servers:
         assert outputs(client.generate_all(prompts(50))) == reference()
-    statuses = [settled(client) for client in servers]
+    for client in servers:
+        settled(client)
+        wait_for("all of it is trained", lambda client=client: client.status()["trainer"]["state"] == "waiting")
+    statuses = [client.status() for client in servers]
     for status in statuses:
         assert_every_token_is_accounted_for(status)
         assert status["tokens"]["trained"] > 0

@@ -26,7 +26,7 @@ cli.main(sys.argv[1:])
 @pytest.fixture(scope="module")
 def server(start, reference):
     reference()
-    return start("--dtype", "float32", NO_CACHE, training=STREAMED)
+    return start("--dtype", "float32", NO_CACHE, "--served-model-name", "far", training=STREAMED)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_a_trainer_elsewhere_improves_the_draft_and_every_token_is_accounted_for
     assert status["tokens"]["trained"] > 0
     assert status["tokens"]["dropped"].keys() <= {"past_finish", "duplicate"}
     assert 0 < status["trainer"]["parity"]["compared"] == status["trainer"]["parity"]["agreed"]
-    assert not list((server.run_dir / "uploads").iterdir())
+    wait_for("what was uploaded is a version", lambda: not list((server.run_dir / "uploads").iterdir()))
 
 
 def test_passes_that_are_cut_for_the_socket_arrive_whole(server, trainer):
