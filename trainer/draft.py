@@ -2,7 +2,7 @@
 
 A new draft is a subclass with ``start`` and ``advance``, registered with its tensors' shapes
 (``sglang_specforge.drafts``). Shapes: N rows of a pack of samples, H hidden, F features the draft starts from, V target
-and D draft vocabulary, K steps, G key heads, P head size.
+and D draft vocabulary, K steps, G key heads, P head size, L roots of chains.
 """
 
 from collections.abc import Callable
@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trainer.attention import Bounds
+from trainer.roots import Roots
 
 
 @dataclass
 class Past:
-    """Keys and values [G, N, P] of the steps so far, over the samples that ``bounds`` tells apart."""
+    """Keys and values of the steps so far: step 0's of all rows [G, N, P], the later ones' of the roots [G, L, P]."""
 
-    bounds: Bounds
+    roots: Roots
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
 
@@ -37,19 +37,20 @@ class Begun:
     past: Past
 
     def unroll(self, steps: int) -> list[Tensor]:
-        """Hidden states of a chain of ``steps`` [K, N, H].
+        """Hidden states of a chain of ``steps`` from each root [K, L, H].
 
         Row n of step k reads the embedding of token n+1+k and predicts token n+2+k of its sample. What a row reads
         beyond its sample's end is of no use, and no row with a teacher sees it.
         """
-        hidden_KNH, state_NF, rows = [], self.state_NF, self.read_NF.shape[0]
+        hidden_KLH, state, rows, pick = [], self.state_NF, self.read_NF.shape[0], self.past.roots.pick
         read_NF = F.pad(self.read_NF, (0, 0, 0, steps))
         for k in range(steps):
-            hidden_NH, state_NF = self.draft.advance_saving(
-                read_NF[1 + k : 1 + k + rows], state_NF, self.positions_N + k, self.past
-            )
-            hidden_KNH.append(hidden_NH)
-        return hidden_KNH
+            given = (read_NF[1 + k : 1 + k + rows], state, self.positions_N + k)
+            if k > 0:
+                given = map(pick, given)
+            hidden_LH, state = map(pick, self.draft.advance_saving(*given, self.past))
+            hidden_KLH.append(hidden_LH)
+        return hidden_KLH
 
 
 class Draft(nn.Module):
@@ -77,7 +78,8 @@ class Draft(nn.Module):
     def advance(self, read_NF: Tensor, state_NF: Tensor, positions_N: Tensor, past: Past) -> tuple[Tensor, Tensor]:
         """One step: the hidden state [N, H] that ``lm_head`` reads, and the state of the next step.
 
-        Appends the step's keys and values to ``past``.
+        Appends the step's keys and values to ``past``. Step 0 is given all rows, and the later ones the roots alone. A
+        draft may make use of that at step 0 and return what it has for the roots (``past.roots.pick``).
         """
         raise NotImplementedError
 
@@ -91,11 +93,11 @@ class Draft(nn.Module):
         embed_NH: Tensor,
         aux_N3H: Tensor,
         positions_N: Tensor,
-        bounds: Bounds,
+        roots: Roots,
         use: Callable[[Begun], Any],
     ) -> Any:
         """``use`` of a draft that has begun. It runs in here because parameters are whole only in here, under FSDP."""
-        return use(Begun(self, self.read(embed_NH), self.start(aux_N3H), positions_N, Past(bounds)))
+        return use(Begun(self, self.read(embed_NH), self.start(aux_N3H), positions_N, Past(roots)))
 
     def advance_saving(
         self, read_NF: Tensor, state_NF: Tensor, positions_N: Tensor, past: Past
@@ -106,7 +108,7 @@ class Draft(nn.Module):
         steps = len(past.keys)
 
         def pure(read_NF: Tensor, state_NF: Tensor, positions_N: Tensor, *pairs: Tensor) -> tuple[Tensor, ...]:
-            inner = Past(past.bounds, list(pairs[:steps]), list(pairs[steps:]))
+            inner = Past(past.roots, list(pairs[:steps]), list(pairs[steps:]))
             hidden_NH, next_NF = self.advance(read_NF, state_NF, positions_N, inner)
             return hidden_NH, next_NF, *inner.keys[steps:], *inner.values[steps:]
 

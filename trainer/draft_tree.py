@@ -63,7 +63,7 @@ _After = tuple[Tensor, Tensor, Tensor, Past]  # probabilities and ids of the bes
 def _advance(draft: Draft, target: FrozenTarget, beams: _Beams, b: int, positions_N: Tensor) -> _After:
     """One step of beam ``b``, whose past the others may share."""
     state_NF, shared = beams.states[b], beams.pasts[b]
-    past = Past(shared.bounds, [*shared.keys], [*shared.values])
+    past = Past(shared.roots, [*shared.keys], [*shared.values])
     embed_NH = target.embed(draft.target_ids_D[beams.id_NB[:, b]], state_NF.dtype)
     hidden_NH, next_NF = draft.advance(draft.read(embed_NH), state_NF, positions_N, past)
     return *_best(draft, hidden_NH, len(beams.pasts)), next_NF, past
@@ -93,7 +93,7 @@ def _next_beams(taken: _Taken, after: list[_After]) -> _Beams:
     keys = [of_parents([past.keys[k] for past in pasts]) for k in later]
     values = [of_parents([past.values[k] for past in pasts]) for k in later]
     pasts = [
-        Past(first.bounds, [*first.keys[:1], *(k[b] for k in keys)], [*first.values[:1], *(v[b] for v in values)])
+        Past(first.roots, [*first.keys[:1], *(k[b] for k in keys)], [*first.values[:1], *(v[b] for v in values)])
         for b, first in enumerate(pasts)
     ]
     on_path_N = _find(at_NB == taken.on_path_N[:, None])

@@ -2,7 +2,7 @@
 
 ``bias`` gives ``fc`` one; EAGLE 3.1 sets ``fc_norm`` (a norm for each captured layer before ``fc``) and ``norm_output``
 (the next step reads the normed hidden state); ``norm_before_fc`` norms all captured states at once. Shapes: N rows of a
-pack of samples, H hidden.
+pack of samples, or the L roots of chains among them; H hidden.
 """
 
 from typing import Any
@@ -29,10 +29,10 @@ class MidLayer(nn.Module):
         return self.self_attn.read_embed(self.input_layernorm(embed_NH))
 
     def forward(self, read_NF: Tensor, hidden_NH: Tensor, rotary: Rotary, past: Past) -> tuple[Tensor, Tensor]:
-        """The MLP's output and the residual to add to it."""
-        attended_NH = self.self_attn(read_NF, self.hidden_norm(hidden_NH), rotary, past)
-        normed_NH, residual_NH = self.post_attention_layernorm.add(attended_NH, hidden_NH)
-        return self.mlp(normed_NH), residual_NH
+        """The MLP's output at the roots, and the residual to add to it."""
+        attended_LH = self.self_attn(read_NF, self.hidden_norm(hidden_NH), rotary, past)
+        normed_LH, residual_LH = self.post_attention_layernorm.add(attended_LH, past.roots.pick(hidden_NH))
+        return self.mlp(normed_LH), residual_LH
 
 
 class Eagle3Draft(Draft):
@@ -61,5 +61,5 @@ class Eagle3Draft(Draft):
 
     def advance(self, read_NF: Tensor, state_NF: Tensor, positions_N: Tensor, past: Past) -> tuple[Tensor, Tensor]:
         rotary = self._rotary(state_NF, positions_N)
-        normed_NH, hidden_NH = self.norm.add(*self.midlayer(read_NF, state_NF, rotary, past))
-        return normed_NH, normed_NH if self._norms_output else hidden_NH
+        normed_LH, hidden_LH = self.norm.add(*self.midlayer(read_NF, state_NF, rotary, past))
+        return normed_LH, normed_LH if self._norms_output else hidden_LH

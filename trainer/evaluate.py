@@ -2,11 +2,11 @@
 
 A verification that starts at a row commits the leading drafts that are accepted, and one token of the target's. Where
 acceptance is a matter of chance, the expected number of verifications follows from the chance that one starts at each
-row, so the result is exact for the recorded sequence. Shapes: N rows, K drafts one after another, C rows of a chunk, D
-draft vocabulary.
+row, so the result is exact for the recorded sequence. Shapes: N rows, L roots of chains among them, K drafts one after
+another, C rows of a chunk, D draft vocabulary.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -19,6 +19,7 @@ from sglang_specforge.training_settings import Speculation
 from trainer.draft import Begun, Draft
 from trainer.draft_tree import accepted_by_tree
 from trainer.loss import FrozenTarget, Taught, Teacher, run_draft
+from trainer.roots import Roots, rows_of
 from trainer.sample import Pack, Sample, pack
 
 # greedy: the target's top token, as at temperature 0. target_only: a top draft is taken with the target's probability
@@ -84,12 +85,14 @@ def simulate(
     for sample in samples:
         packed = pack([sample], device)
         if speculation.topk > 1:
+            roots = Roots.everywhere(packed.samples, device)
             chances = partial(accepted_by_tree, target=target, pack=packed, speculation=speculation)
         else:
+            roots = Roots.of_chains_to(packed.taught(True), packed.samples, steps, device)
             chances = partial(_chances, target=target, pack=packed, steps=steps, way=way)
-        chances_KN = run_draft(draft, target, packed, chances).tolist()
-        for first, last in _runs(sample.generated_T):
-            found += Simulated(last - first + 1, 1, *_walk([row[first : last + 1] for row in chances_KN]))
+        chances_KN = run_draft(draft, target, packed, roots, chances).tolist()
+        for start, end in packed.generated:
+            found += Simulated(end - start, 1, *_walk([row[start:end] for row in chances_KN]))
     return found
 
 
@@ -117,22 +120,14 @@ def _walk(chances_KN: list[list[float]]) -> tuple[float, list[float]]:
     return sum(starts[: rows - 1]), accepted_K
 
 
-def _runs(generated_T: Tensor) -> Iterator[tuple[int, int]]:
-    """First and last row of each stretch of rows whose next token was generated."""
-    edges = torch.diff(generated_T.int(), prepend=torch.zeros(1), append=torch.zeros(1)).tolist()
-    firsts, ends = ([i for i, edge in enumerate(edges) if edge == sign] for sign in (1, -1))
-    yield from ((first, end - 1) for first, end in zip(firsts, ends, strict=True))
-
-
 def _chances(begun: Begun, target: FrozenTarget, pack: Pack, steps: int, way: Way) -> Tensor:
-    """Chance that the target accepts the draft of row n at step k, [K, N]; zero where a sample has no teacher row."""
-    hidden_KNH, head = begun.unroll(steps), begun.draft.lm_head
-    rows_N = torch.arange(pack.first_row_N.numel(), device=pack.first_row_N.device)
-    chances_KN = torch.zeros(steps, rows_N.numel(), device=rows_N.device)
-    for chunk in Teacher(begun.draft, target, pack).in_chunks(rows_N):
-        for k, hidden_NH in enumerate(hidden_KNH):
+    """Chance that the target accepts the draft of row n at step k, [K, N]; zero where it drafts no generated token."""
+    hidden_KLH, head, roots = begun.unroll(steps), begun.draft.lm_head, begun.past.roots
+    chances_KN = torch.zeros(steps, roots.rows, device=roots.device)
+    for chunk in Teacher(begun.draft, target, pack).in_chunks(rows_of(pack.taught(True), roots.device)):
+        for k, hidden_LH in enumerate(hidden_KLH):
             n_C, counts_C = chunk.learners(k)
-            logits_CD = head(hidden_NH[n_C]).to(chunk.teacher_CD.dtype)
+            logits_CD = head(hidden_LH[roots.place_N[n_C]]).to(chunk.teacher_CD.dtype)
             chances_KN[k].index_add_(0, n_C, (_chance(logits_CD, chunk, way) * counts_C).to(chances_KN.dtype))
     return chances_KN
 

@@ -1,6 +1,6 @@
 """Layers that drafts are made of, with the rounding of SGLang's own.
 
-Shapes: N rows of a pack of samples, H hidden, Q query heads, G key heads, P head size.
+Shapes: N rows of a pack of samples, L roots of chains among them, H hidden, Q query heads, G key heads, P head size.
 """
 
 from typing import Any
@@ -129,16 +129,20 @@ class TTTAttention(nn.Module):
         return torch.cat([F.linear(embed_NH, p.weight[:, : self.H]) for p in self._projections()], -1)
 
     def forward(self, read_NF: Tensor, hidden_NH: Tensor, rotary: Rotary, past: Past) -> Tensor:
-        """Appends this step's keys and values to ``past``."""
-        widths = [p.out_features for p in self._projections()]
-        q_QNP, k_GNP, v_GNP = (
-            torch.addmm(read, hidden_NH, p.weight[:, self.H :].mT).unflatten(-1, (-1, self.P)).transpose(0, 1)
-            for read, p in zip(read_NF.split(widths, -1), self._projections(), strict=True)
-        )
-        past.keys.append(rotate(k_GNP, *rotary))
-        past.values.append(v_GNP)
-        out_QNP = attend(rotate(q_QNP, *rotary), past.keys, past.values, past.bounds)
-        return self.o_proj(out_QNP.transpose(0, 1).flatten(1))
+        """What each root attends to [L, H]; appends this step's keys and values to ``past``."""
+        pick, widths = past.roots.pick, [p.out_features for p in self._projections()]
+        query_NF, key_NF, value_NF = read_NF.split(widths, -1)
+        q_QLP = self._project(self.q_proj, pick(query_NF), pick(hidden_NH))
+        past.keys.append(rotate(self._project(self.k_proj, key_NF, hidden_NH), *rotary))
+        past.values.append(self._project(self.v_proj, value_NF, hidden_NH))
+        q_QLP = rotate(q_QLP, *(pick(angles, dim=1) for angles in rotary))
+        out_QLP = attend(q_QLP, past.keys, past.values, past.roots)
+        return self.o_proj(out_QLP.transpose(0, 1).flatten(1))
+
+    def _project(self, projection: nn.Linear, read_NF: Tensor, hidden_NH: Tensor) -> Tensor:
+        """[heads, N, P]."""
+        rows = torch.addmm(read_NF, hidden_NH, projection.weight[:, self.H :].mT)
+        return rows.unflatten(-1, (-1, self.P)).transpose(0, 1)
 
     def _projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
         return self.q_proj, self.k_proj, self.v_proj

@@ -2,8 +2,8 @@
 
 Row n of step k predicts the target's distribution over token n+2+k, which is what the target's last hidden state at
 its teacher row m = n+1+k gives (EAGLE-3, section 3.2). Logits exist for one chunk of teacher rows at a time, and
-only for rows that count; the gradient is made on the way. Shapes: N rows of the pack, C rows of a chunk, H hidden,
-V target and D draft vocabulary, K steps.
+only for rows that count; the gradient is made on the way. Shapes: N rows of the pack, L roots of chains among them, C
+rows of a chunk, H hidden, V target and D draft vocabulary, K steps.
 """
 
 import math
@@ -19,6 +19,7 @@ from sglang_specforge.training_settings import TrainingSettings
 from trainer import objectives
 from trainer.draft import Begun, Draft
 from trainer.fused import fusable, top, wide
+from trainer.roots import Roots, rows_of
 from trainer.sample import Pack
 
 _CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}  # in memory at a time: enough to fill the device
@@ -75,21 +76,19 @@ def unroll(draft: Draft, target: FrozenTarget, pack: Pack, goal: Goal) -> Unroll
     Rows that count have a teacher row and, if ``goal.generated_only``, predict a token past the prompt. A row whose
     target token the draft vocabulary lacks adds nothing to the loss.
     """
-    teaches_N = pack.first_row_N < torch.arange(pack.first_row_N.numel(), device=pack.first_row_N.device)
-    if goal.generated_only:
-        teaches_N &= pack.generated_N
-    rows_M = teaches_N.nonzero().flatten()
+    steps, taught = len(goal.weights_K), pack.taught(goal.generated_only)
+    roots = Roots.of_chains_to(taught, pack.samples, steps, pack.tokens_N.device)
 
     def lose(begun: Begun) -> tuple[Tensor, ...]:
-        teacher = Teacher(draft, target, pack)
-        return _ChunkedLoss.apply(draft.lm_head.weight, teacher, rows_M, goal, *begun.unroll(len(goal.weights_K)))
+        given = (Teacher(draft, target, pack), rows_of(taught, roots.device), roots, goal)
+        return _ChunkedLoss.apply(draft.lm_head.weight, *given, *begun.unroll(steps))
 
-    return Unrolled(*run_draft(draft, target, pack, lose))
+    return Unrolled(*run_draft(draft, target, pack, roots, lose))
 
 
-def run_draft(draft: Draft, target: FrozenTarget, pack: Pack, use: Callable[[Begun], Any]) -> Any:
+def run_draft(draft: Draft, target: FrozenTarget, pack: Pack, roots: Roots, use: Callable[[Begun], Any]) -> Any:
     """The draft over a pack, from the states and tokens that it would read in the server."""
-    return draft(target.embed(pack.tokens_N, pack.aux_N3H.dtype), pack.aux_N3H, pack.positions_N, pack.bounds, use)
+    return draft(target.embed(pack.tokens_N, pack.aux_N3H.dtype), pack.aux_N3H, pack.positions_N, roots, use)
 
 
 class Taught(NamedTuple):
@@ -110,6 +109,11 @@ class Taught(NamedTuple):
         Rows are not picked out by that: on a GPU, it would have to be waited for.
         """
         return (self.row_C - 1 - k).clamp(min=0), self.before_C > k
+
+    def known(self) -> "Taught":
+        """Those whose top token the draft vocabulary has."""
+        known_S = self.known_C.nonzero().flatten()  # waited for on a GPU, once for all steps of a chunk
+        return self if known_S.numel() == self.known_C.numel() else Taught(*(t[known_S] for t in self))
 
 
 class Teacher:
@@ -160,19 +164,22 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, head_DH: Tensor, teacher: Teacher, row_M: Tensor, goal: Goal, *hidden_KNH: Tensor
+        ctx: Any, head_DH: Tensor, teacher: Teacher, row_M: Tensor, roots: Roots, goal: Goal, *hidden_KLH: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        steps, dtype = len(hidden_KNH), wide(head_DH.dtype)
+        steps, dtype = len(hidden_KLH), wide(head_DH.dtype)
         given_2K = torch.tensor([goal.weights_K, goal.kl_weights_K], dtype=torch.float64)
         weight_K, kl_weight_K = given_2K.to(head_DH.device, dtype)
         loss, rate_K = head_DH.new_zeros((), dtype=dtype), head_DH.new_zeros(steps, dtype=dtype)
         correct_K = torch.zeros(steps, dtype=torch.int64, device=head_DH.device)
         grad_head_DH = torch.zeros_like(head_DH, dtype=dtype)
-        grads_KNH = [torch.zeros_like(h) for h in hidden_KNH]
+        grads_KLH = [torch.zeros_like(h) for h in hidden_KLH]
         for chunk in teacher.in_chunks(row_M, steps):
+            if goal.objective not in objectives.MADE_OF_RATES:  # or else rates of the others are of interest too
+                chunk = chunk.known()
             n_KC, counts_KC = map(torch.stack, zip(*(chunk.learners(k) for k in range(steps)), strict=True))
-            hidden_SH = torch.cat([hidden_NH[n_C] for hidden_NH, n_C in zip(hidden_KNH, n_KC, strict=True)])
-            logits_KCD = F.linear(hidden_SH, head_DH).unflatten(0, n_KC.shape)
+            at_KC = roots.place_N[n_KC]
+            hidden_SH = torch.cat([hidden_LH[at_C] for hidden_LH, at_C in zip(hidden_KLH, at_KC, strict=True)])
+            logits_KCD = F.linear(hidden_SH, head_DH).unflatten(0, at_KC.shape)
             scored, right_KC = _score(
                 goal.objective, logits_KCD, chunk.teacher_CD, chunk.mass_C, chunk.best_C, kl_weight_K
             )
@@ -186,19 +193,19 @@ class _ChunkedLoss(torch.autograd.Function):
             weight_KC = weight_C * counts_KC * weight_K[:, None]
             loss += (scored.loss_KC * weight_KC).sum()
             grad_SD, weight_S1 = scored.grad_KCD.flatten(0, 1), weight_KC.flatten()[:, None].to(head_DH.dtype)
-            dhidden_KCH = (grad_SD @ head_DH).mul_(weight_S1).unflatten(0, n_KC.shape)
-            for grad_NH, n_C, dhidden_CH in zip(grads_KNH, n_KC, dhidden_KCH, strict=True):
-                grad_NH.index_add_(0, n_C, dhidden_CH)
+            dhidden_KCH = (grad_SD @ head_DH).mul_(weight_S1).unflatten(0, at_KC.shape)
+            for grad_LH, at_C, dhidden_CH in zip(grads_KLH, at_KC, dhidden_KCH, strict=True):
+                grad_LH.index_add_(0, at_C, dhidden_CH)
             _add_product(grad_head_DH, grad_SD.mT, hidden_SH * weight_S1)
-        ctx.save_for_backward(grad_head_DH.to(head_DH.dtype), *grads_KNH)
+        ctx.save_for_backward(grad_head_DH.to(head_DH.dtype), *grads_KLH)
         ctx.mark_non_differentiable(correct_K, rate_K)
         return loss, correct_K, rate_K
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         # Made for this pass alone, so they are scaled where they are.
-        head_DH, *hidden_KNH = (t.mul_(grad.to(t.dtype)) for t in ctx.saved_tensors)
-        return head_DH, None, None, None, *hidden_KNH
+        head_DH, *hidden_KLH = (t.mul_(grad.to(t.dtype)) for t in ctx.saved_tensors)
+        return head_DH, None, None, None, None, *hidden_KLH
 
 
 @fusable

@@ -85,6 +85,7 @@ OBJECTIVES: dict[str, Objective] = {
     "soft_ce": soft_ce, "forward_kl": forward_kl, "hard_ce": hard_ce, "tv": tv, "lk_alpha": lk_alpha,
     "lk_lambda": lk_lambda,
 }  # fmt: skip
+MADE_OF_RATES = (tv, lk_alpha, lk_lambda)
 
 
 def rejection_penalty(draft_KSD: Tensor, rejected_S: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,7 @@ from sglang_specforge.settings import Run
 from trainer.draft import Begun, Draft
 from trainer.learner import load_draft
 from trainer.loss import FrozenTarget, run_draft
+from trainer.roots import Roots
 from trainer.sample import Sample, pack
 
 logger = logging.getLogger(__name__)
@@ -47,7 +48,9 @@ class ParityCheck:
         draft = self._draft(sample.draft_version)
         if draft is None:
             return
-        top_T = run_draft(draft, self._target, pack([sample], self._device), _top_of_first_step)
+        packed = pack([sample], self._device)
+        roots = Roots.everywhere(packed.samples, self._device)
+        top_T = run_draft(draft, self._target, packed, roots, _top_of_first_step)
         top_ids_T = draft.target_ids_D[top_T].tolist()
         # The proposal for position p+1 was made after reading token p beside the states of p-1.
         for position, proposed in sample.proposals:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trainer.roots import Runs, runs_of
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
@@ -41,17 +43,25 @@ class Pack(NamedTuple):
     tokens_N: Tensor  # int64
     aux_N3H: Tensor
     last_NH: Tensor
-    generated_N: Tensor  # bool
     rejected_N: Tensor  # int64
     positions_N: Tensor  # int64, absolute
     first_row_N: Tensor  # int64, of the row's sample
-    bounds: list[tuple[int, int]]  # first row of each sample, and the row after its last
+    samples: Runs  # rows of each
+    generated: Runs  # rows whose next token is the target's
+
+    def taught(self, generated_only: bool) -> Runs:
+        """Rows that teach what to draft, generated ones or all: not a sample's first, which no draft is made for."""
+        if not generated_only:
+            return [(first + 1, end) for first, end in self.samples if first + 1 < end]
+        firsts = {first for first, _ in self.samples}
+        runs = [(start + (start in firsts), end) for start, end in self.generated]
+        return [(start, end) for start, end in runs if start < end]
 
 
 def pack(samples: list[Sample], device: torch.device) -> Pack:
     lengths = [len(s) for s in samples]
     ends = torch.tensor(lengths).cumsum(0).tolist()
-    bounds = [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+    rows = [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
 
     def per_row(values: list[int]) -> Tensor:
         return torch.tensor(values).repeat_interleave(torch.tensor(lengths)).to(device)
@@ -59,12 +69,18 @@ def pack(samples: list[Sample], device: torch.device) -> Pack:
     def joined(name: str) -> Tensor:
         return torch.cat([getattr(s, name) for s in samples]).to(device)
 
-    first_row_N = per_row([first for first, _ in bounds])
+    first_row_N = per_row([first for first, _ in rows])
+    generated = [
+        (first + start, first + end)
+        for (first, _), s in zip(rows, samples, strict=True)
+        for start, end in runs_of(s.generated_T)
+    ]
     return Pack(
-        *map(joined, ("tokens_T", "aux_T3H", "last_TH", "generated_T", "rejected_T")),
+        *map(joined, ("tokens_T", "aux_T3H", "last_TH", "rejected_T")),
         positions_N=per_row([s.start for s in samples]) + torch.arange(ends[-1], device=device) - first_row_N,
         first_row_N=first_row_N,
-        bounds=bounds,
+        samples=rows,
+        generated=generated,
     )
 
 

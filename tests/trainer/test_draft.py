@@ -6,8 +6,13 @@ import torch
 from sglang_specforge.checkpoint import load_config
 from sglang_specforge.drafts import expected_shapes
 from tests.tiny import HIDDEN, make_run, make_sample, make_target
+from tests.trainer.linear_draft import LinearDraft
+from trainer.eagle3 import Eagle3Draft
 from trainer.layers import rotate
 from trainer.learner import load_draft
+from trainer.roots import Roots, Run
+
+CPU = torch.device("cpu")
 
 
 def serve_chain(draft, embed_LH, aux_L3H, row, steps, first_position):
@@ -50,7 +55,8 @@ def test_each_row_sees_what_a_served_chain_sees(tmp_path, first_position):
     next_embed_TH = torch.nn.functional.pad(embed_TH, (0, 0, 0, 1))[1:]
     with torch.no_grad():
         positions = first_position + torch.arange(T)
-        unrolled = draft(embed_TH, sample.aux_T3H, positions, [(0, T)], chain_logits(steps))
+        everywhere = Roots.everywhere([(0, T)], CPU)
+        unrolled = draft(embed_TH, sample.aux_T3H, positions, everywhere, chain_logits(steps))
         for row in range(T - steps):
             served = serve_chain(draft, next_embed_TH, sample.aux_T3H, row, steps, first_position)
             for k in range(steps):
@@ -64,14 +70,31 @@ def test_samples_in_a_pack_do_not_see_each_other(tmp_path):
     embeds, auxes = ([torch.randn(n, width) for n in lengths] for width in (HIDDEN, 3 * HIDDEN))
     positions = [torch.arange(n) + 7 * i for i, n in enumerate(lengths)]
     with torch.no_grad():
-        packed = draft(
-            torch.cat(embeds), torch.cat(auxes), torch.cat(positions), [(0, 6), (6, 9), (9, 17)], chain_logits(steps)
-        )
+        given, samples = map(torch.cat, (embeds, auxes, positions)), [(0, 6), (6, 9), (9, 17)]
+        packed = draft(*given, Roots.everywhere(samples, CPU), chain_logits(steps))
         for first, n, *inputs in zip([0, 6, 9], lengths, embeds, auxes, positions, strict=True):
-            alone = draft(*inputs, [(0, n)], chain_logits(steps))
+            alone = draft(*inputs, Roots.everywhere([(0, n)], CPU), chain_logits(steps))
             for k in range(steps):
                 rows = n - 1 - k  # the rows after these have no teacher, and read beyond the sample
                 torch.testing.assert_close(packed[k][first : first + rows], alone[k][:rows])
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("kind", [Eagle3Draft, LinearDraft])
+def test_chains_of_some_rows_are_those_of_all_with_their_gradients(tmp_path, kind, again):
+    run, steps = make_run(tmp_path, make_target(tmp_path / "target")), 3
+    draft = kind(load_config(run.version_path(0)))
+    draft.checkpoints_activations = again
+    some = Roots([Run(0, 2, 5), Run(7, 7, 8), Run(7, 10, 12)], 13, CPU)
+    given = torch.randn(13, HIDDEN), torch.randn(13, 3 * HIDDEN), torch.arange(13)
+
+    def logits_and_gradients(roots, pick):
+        found = torch.stack([pick(logits) for logits in draft(*given, roots, chain_logits(steps))])
+        return [found, *torch.autograd.grad(found.square().sum(), [*draft.parameters()])]
+
+    everywhere = logits_and_gradients(Roots.everywhere([(0, 7), (7, 13)], CPU), some.pick)
+    for found, wanted in zip(logits_and_gradients(some, lambda x: x), everywhere, strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_the_layout_is_the_checkpoints(tmp_path):

@@ -12,7 +12,10 @@ from trainer.draft_tree import accepted_by_tree
 from trainer.evaluate import _chance, _walk, simulate
 from trainer.learner import load_draft
 from trainer.loss import FrozenTarget, Taught, run_draft
+from trainer.roots import Roots
 from trainer.sample import pack
+
+CPU = torch.device("cpu")
 
 STEPS = 3
 CHAIN = Speculation(STEPS)
@@ -75,7 +78,7 @@ def test_chances_of_acceptance(given, way):
     sample = make_sample(14, prompt_tokens=5)
     with torch.no_grad():
         logits = draft(
-            target.embed_VH[sample.tokens_T], sample.aux_T3H, torch.arange(14), [(0, 14)],
+            target.embed_VH[sample.tokens_T], sample.aux_T3H, torch.arange(14), Roots.everywhere([(0, 14)], CPU),
             lambda begun: [draft.lm_head(hidden) for hidden in begun.unroll(STEPS)],
         )  # fmt: skip
     p_TV, ids = (sample.last_TH @ target.head_VH.T).softmax(-1), draft.target_ids_D
@@ -133,7 +136,8 @@ def test_a_tree_holds_the_targets_path_where_the_servers_tree_does(given, shape)
         tokens = [*sample.tokens_T[: row + 2].tolist(), *(ids[i] for i in path)]
         return draft(
             target.embed_VH[tokens], sample.aux_T3H.repeat(2, 1)[: len(tokens)], torch.arange(len(tokens)),
-            [(0, len(tokens))], lambda begun: draft.lm_head(begun.unroll(1 + len(path))[-1][row]).softmax(-1),
+            Roots.everywhere([(0, len(tokens))], CPU),
+            lambda begun: draft.lm_head(begun.unroll(1 + len(path))[-1][row]).softmax(-1),
         )  # fmt: skip
 
     with torch.no_grad():
@@ -148,9 +152,9 @@ def test_a_tree_holds_the_targets_path_where_the_servers_tree_does(given, shape)
             sample.last_TH[row + 1] = target.head_VH[said]
             if row + 2 < T:
                 sample.tokens_T[row + 2] = said
-        packed = pack([sample], torch.device("cpu"))
+        packed = pack([sample], CPU)
         find = partial(accepted_by_tree, target=target, pack=packed, speculation=shape)
-        found_KN = run_draft(draft, target, packed, find)
+        found_KN = run_draft(draft, target, packed, Roots.everywhere(packed.samples, CPU), find)
         best_T = (sample.last_TH @ target.head_VH.T).argmax(-1).tolist()
         assert best_T[1:-1] == sample.tokens_T[2:].tolist()
     hits_K = [0] * shape.steps

@@ -14,6 +14,7 @@ from trainer.fused import fuse
 from trainer.learner import Learner
 from trainer.parity import ParityCheck
 from trainer.resume import Checkpoints, OfflinePosition, OnlinePosition, ResumeError, StreamPosition
+from trainer.roots import Roots
 
 CPU = torch.device("cpu")
 POSITION = OfflinePosition(dataset="d")
@@ -173,8 +174,9 @@ def test_parity_tells_the_served_version_from_another(run, caplog):
     embed = learner.target.embed_VH[sample.tokens_T]
     with torch.no_grad():
         logits = draft(
-            embed, sample.aux_T3H, torch.arange(20), [(0, 20)], lambda begun: draft.lm_head(begun.unroll(1)[0])
-        )
+            embed, sample.aux_T3H, torch.arange(20), Roots.everywhere([(0, 20)], CPU),
+            lambda begun: draft.lm_head(begun.unroll(1)[0]),
+        )  # fmt: skip
     top = logits.argmax(-1)
     proposals = [(p, int(top[p - 1])) for p in range(4, 19)]
     check.compare(make_sample(20, proposals=proposals))

@@ -10,6 +10,7 @@ from tests.tiny import HIDDEN, VOCAB, make_run, make_sample, make_target
 from trainer import loss
 from trainer.learner import load_draft
 from trainer.loss import FrozenTarget, Goal, unroll
+from trainer.roots import Roots
 from trainer.sample import count_rows, pack
 
 STEPS, LK_WEIGHTS = 3, [0.9, 0.5, 0.2]
@@ -38,7 +39,8 @@ def reference(draft, target, samples, settings):
     for sample in samples:
         T = len(sample)
         logits = draft(
-            target.embed_VH[sample.tokens_T], sample.aux_T3H, sample.start + torch.arange(T), [(0, T)],
+            target.embed_VH[sample.tokens_T], sample.aux_T3H, sample.start + torch.arange(T),
+            Roots.everywhere([(0, T)], torch.device("cpu")),
             lambda begun: [draft.lm_head(hidden) for hidden in begun.unroll(STEPS)],
         )  # fmt: skip
         teacher_logits = sample.last_TH @ target.head_VH.T
