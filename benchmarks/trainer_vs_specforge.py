@@ -7,9 +7,10 @@ The peer pins other versions of torch and sglang, so it is installed beside the 
 
 The peer runs its ``sdpa`` attention and its compact teacher (from hidden states, as ours). Its fused loss is a Triton
 kernel; where that can't run (on a CPU), its own reference of it takes its place. The peer compiles that reference, its
-norms and its rotation by itself, always; ours are compiled as with the trainer's ``--compile``. A step is forward and
-backward of all steps of the training-time test. Peak memory is the process's resident set, or the GPU's, above what it
-held before the step. A GPU computes larger shapes.
+norms and its rotation by itself, always; ours are compiled as with the trainer's ``--compile``. Either leaves out of
+its loss the rows whose target token the draft vocabulary lacks: of a random target that is half of them, and none where
+a shape is covered. A step is forward and backward of all steps of the training-time test. Peak memory is the process's
+resident set, or the GPU's, above what it held before the step. A GPU computes larger shapes.
 ``bound`` is the speed that our step would have if all but its matrix products took no time; ``loss`` and ``gradient``
 are the relative differences from the peer's.
 """
@@ -52,16 +53,19 @@ class Shape:
     D: int
     lengths: tuple[int, ...]
     prompt: float  # share of each sample that is prompt, and masked
+    covered: bool = False  # the draft vocabulary has all that the target says, or else half of it
     steps: int = 7
 
 
 SHAPES = (
     Shape("small, dense", 256, 4096, 2048, (256,) * 4, 0.0),
     Shape("dense", 512, 8192, 4096, (512,) * 2, 0.0),
+    Shape("dense, covered", 512, 8192, 4096, (512,) * 2, 0.0, covered=True),
     Shape("ragged, 60% masked", 512, 8192, 4096, (512, 128, 256, 64, 384, 96), 0.6),
 )
 SHAPES_OF_A_GPU = (
     Shape("dense", 2048, 128256, 32000, (2048,) * 4, 0.0),
+    Shape("dense, covered", 2048, 128256, 32000, (2048,) * 4, 0.0, covered=True),
     Shape("ragged, 60% masked", 2048, 128256, 32000, (4096, 1024, 2048, 512, 3072, 768), 0.6),
 )
 
@@ -170,6 +174,8 @@ def make_steps(shape: Shape) -> dict[str, Step]:
     torch.manual_seed(0)
     weights, samples = make_weights(shape), make_samples(shape)
     target = FrozenTarget(torch.randn(shape.V, shape.H), 0.1 * torch.randn(shape.V, shape.H))
+    if shape.covered:
+        target.head_VH[~weights["t2d"]] *= 0.01
     return {
         make.__name__.removesuffix("_step"): make(shape, weights, target, samples) for make in (our_step, peer_step)
     }

@@ -79,24 +79,27 @@ class _PrefixAndChain(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_GRLP: Tensor) -> tuple[Tensor | None, ...]:
         q_GRLP, k_GNP, v_GNP, out_GRLP, lse_GRL, *chain = ctx.saved_tensors
-        dq_GRLP, dk_GNP, dv_GNP = (torch.zeros_like(t) for t in (q_GRLP, k_GNP, v_GNP))
+        dq_GRLP, dk_GNP, dv_GNP = torch.empty_like(q_GRLP), torch.zeros_like(k_GNP), torch.zeros_like(v_GNP)
         for at, parts in _runs(ctx.roots):
             given = [t[:, :, at] for t in (grad_GRLP, q_GRLP, out_GRLP, lse_GRL)]
             for rows, causal in parts:
                 dq, dk, dv = _flash_grads(*given, k_GNP[:, rows], v_GNP[:, rows], causal)
-                dq_GRLP[:, :, at] += dq
-                dk_GNP[:, rows] += dk
-                dv_GNP[:, rows] += dv
+                if causal:  # no part before has touched these
+                    dq_GRLP[:, :, at], dk_GNP[:, rows], dv_GNP[:, rows] = dq, dk, dv
+                else:
+                    dq_GRLP[:, :, at] += dq
+                    dk_GNP[:, rows] += dk
+                    dv_GNP[:, rows] += dv
         mean_GRL = _dot(grad_GRLP, out_GRLP) if chain else None
         return dq_GRLP, dk_GNP, dv_GNP, None, *_chain_grads(grad_GRLP, mean_GRL, q_GRLP, lse_GRL, chain, dq_GRLP)
 
 
 def _runs(roots: Roots) -> Iterator[tuple[slice, list[tuple[slice, bool]]]]:
-    """Each run's places among the roots; and the rows that it attends to, in parts, each causally or as a whole."""
+    """Each run's places among the roots; and the rows that it attends to: its own, causally, and those before it."""
     place = 0
     for first, start, end in roots.runs:
         before = [(slice(first, start), False)] if first < start else []
-        yield slice(place, place + end - start), [*before, (slice(start, end), True)]
+        yield slice(place, place + end - start), [(slice(start, end), True), *before]
         place += end - start
 
 

@@ -22,7 +22,7 @@ from trainer.fused import fusable, top, wide
 from trainer.roots import Roots, rows_of
 from trainer.sample import Pack
 
-_CHUNK_LOGITS = {"cpu": 1 << 22, "cuda": 1 << 28}  # in memory at a time: enough to fill the device
+_CHUNK_LOGITS = {"cpu": 1 << 23, "cuda": 1 << 28}  # in memory at a time: enough to fill the device
 _LEAST_LOGITS_ROWS = 8  # of the draft's
 
 
