@@ -83,6 +83,10 @@ class Draft(nn.Module):
         """
         raise NotImplementedError
 
+    def products(self, rows: int, roots: int, steps: int) -> int:
+        """How many weights all rows meet in a forward pass, those of ``lm_head`` left out; 0: nobody counted them."""
+        return 0
+
     @property
     def target_ids_D(self) -> Tensor:
         """The target's id of each draft id."""

@@ -25,6 +25,12 @@ class MidLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(H, eps)
         self.self_attn, self.mlp = TTTAttention(config), MLP(config)
 
+    def weights(self) -> tuple[int, int, int, int]:
+        """How many a state meets for its query, key and value, as many as a token does; and after attention."""
+        query, key, value = (p.weight.numel() // 2 for p in self.self_attn.projections())
+        mlp = sum(p.numel() for p in self.mlp.parameters())
+        return query, key, value, self.self_attn.o_proj.weight.numel() + mlp
+
     def read_embed(self, embed_NH: Tensor) -> Tensor:
         return self.self_attn.read_embed(self.input_layernorm(embed_NH))
 
@@ -58,6 +64,11 @@ class Eagle3Draft(Draft):
 
     def read(self, embed_NH: Tensor) -> Tensor:
         return self.midlayer.read_embed(embed_NH)
+
+    def products(self, rows: int, roots: int, steps: int) -> int:
+        query, key, value, rest = self.midlayer.weights()
+        once = self.fc.weight.numel() + 2 * (key + value) + query  # of token and state, the query for the token alone
+        return rows * once + roots * (steps * (query + rest) + (steps - 1) * (key + value))
 
     def advance(self, read_NF: Tensor, state_NF: Tensor, positions_N: Tensor, past: Past) -> tuple[Tensor, Tensor]:
         rotary = self._rotary(state_NF, positions_N)

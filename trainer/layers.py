@@ -126,11 +126,11 @@ class TTTAttention(nn.Module):
 
     def read_embed(self, embed_NH: Tensor) -> Tensor:
         """The normed embedding's part of query, key and value, side by side."""
-        return torch.cat([F.linear(embed_NH, p.weight[:, : self.H]) for p in self._projections()], -1)
+        return torch.cat([F.linear(embed_NH, p.weight[:, : self.H]) for p in self.projections()], -1)
 
     def forward(self, read_NF: Tensor, hidden_NH: Tensor, rotary: Rotary, past: Past) -> Tensor:
         """What each root attends to [L, H]; appends this step's keys and values to ``past``."""
-        pick, widths = past.roots.pick, [p.out_features for p in self._projections()]
+        pick, widths = past.roots.pick, [p.out_features for p in self.projections()]
         query_NF, key_NF, value_NF = read_NF.split(widths, -1)
         q_QLP = self._project(self.q_proj, pick(query_NF), pick(hidden_NH))
         past.keys.append(rotate(self._project(self.k_proj, key_NF, hidden_NH), *rotary))
@@ -144,7 +144,7 @@ class TTTAttention(nn.Module):
         rows = torch.addmm(read_NF, hidden_NH, projection.weight[:, self.H :].mT)
         return rows.unflatten(-1, (-1, self.P)).transpose(0, 1)
 
-    def _projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+    def projections(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
         return self.q_proj, self.k_proj, self.v_proj
 
 

@@ -4,6 +4,7 @@ Parameters are float32 under FSDP2; compute runs in the job's training dtype. Sh
 """
 
 import pkgutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from trainer.draft import Draft
 from trainer.evaluate import Simulated, simulate
 from trainer.fused import fuse
 from trainer.loss import FrozenTarget, Goal, unroll
+from trainer.mfu import peak_flops
 from trainer.optimizer import make_optimizers, set_learning_rates
 from trainer.sample import Sample, count_rows, pack
 from trainer.share import gather
@@ -36,6 +38,7 @@ class Trained:
     grad_norm: float
     accuracy_K: list[float]  # of each step, the share of rows whose top choice is the target's
     tokens_by_rank: list[int]
+    mfu: float | None = None  # ``trainer.mfu``; None where the draft's products or the device's peak are not known
 
     @property
     def tokens(self) -> int:
@@ -62,6 +65,7 @@ class Learner:
             offload_policy=CPUOffloadPolicy() if self._settings.cpu_offload else OffloadPolicy(),
         )
         self.optimizers = make_optimizers(self.draft, self._settings)
+        self._peak_flops = peak_flops(device, dtype)
 
     def train(self, passes: list[list[Sample]]) -> Trained:
         """One optimizer step on this process's passes; the others make as many.
@@ -69,7 +73,7 @@ class Learner:
         A step whose gradient is not finite changes nothing. Where a pass is empty, the process takes part in it
         without a row that counts.
         """
-        settings = self._settings
+        settings, begun_s = self._settings, time.monotonic()
         samples = [sample for samples in passes for sample in samples]
         rows = count_rows(samples, settings.ttt_steps, settings.loss_on == "generated")
         own_tokens = [0] * dist.get_world_size()
@@ -78,13 +82,13 @@ class Learner:
         rows_K, tokens_by_rank = counts[: settings.ttt_steps], counts[settings.ttt_steps :]
         goal = Goal.of(settings, rows_K, self.acceptance_K)
         set_learning_rates(self.optimizers, settings, self.step)
-        loss, correct_K, rate_K = 0.0, [0.0] * settings.ttt_steps, [0.0] * settings.ttt_steps
+        loss, flops, correct_K, rate_K = 0.0, 0, [0.0] * settings.ttt_steps, [0.0] * settings.ttt_steps
         for i, own in enumerate(passes):
             self.draft.set_requires_gradient_sync(i == len(passes) - 1)
             found = unroll(self.draft, self.target, pack(own or [self._idle_sample()], self._device), goal)
             # The loss is a mean over all processes' rows already; FSDP takes the mean over processes once more.
             (found.loss * dist.get_world_size()).backward()
-            loss += found.loss.item()
+            loss, flops = loss + found.loss.item(), flops + found.flops
             correct_K = [c + k for c, k in zip(correct_K, found.correct_K.tolist(), strict=True)]
             rate_K = [r + k for r, k in zip(rate_K, found.rate_K.tolist(), strict=True)]
         norm = nn.utils.clip_grad_norm_(self.draft.parameters(), settings.grad_clip).full_tensor()
@@ -93,10 +97,13 @@ class Learner:
                 optimizer.step()
             optimizer.zero_grad()
         self.step += 1
-        loss, *sums = self._summed([loss, *correct_K, *rate_K])
+        loss, flops, *sums = self._summed([loss, flops, *correct_K, *rate_K])
         shares = [s / max(1, rows) for s, rows in zip(sums, 2 * rows_K, strict=True)]
         accuracy_K, self.acceptance_K = shares[: settings.ttt_steps], shares[settings.ttt_steps :]
-        return Trained(self.step, loss, norm.item(), accuracy_K, tokens_by_rank)
+        mfu = None
+        if self._peak_flops and flops:
+            mfu = flops / (time.monotonic() - begun_s) / (self._peak_flops * dist.get_world_size())
+        return Trained(self.step, loss, norm.item(), accuracy_K, tokens_by_rank, mfu)
 
     def simulate(self, passes: list[list[Sample]], checkpoint: Path | None = None) -> list[tuple[str, Simulated]]:
         """Greedy acceptance of the server's speculation: slice and result of each of this process's samples and all

@@ -19,6 +19,7 @@ from sglang_specforge.training_settings import TrainingSettings
 from trainer import objectives
 from trainer.draft import Begun, Draft
 from trainer.fused import fusable, top, wide
+from trainer.mfu import pass_flops
 from trainer.roots import Roots, rows_of
 from trainer.sample import Pack
 
@@ -66,6 +67,7 @@ class Unrolled:
     """One pass over a pack."""
 
     loss: Tensor
+    flops: int  # see ``trainer.mfu``
     correct_K: Tensor  # int64: of the rows that count at each step, those whose top choice is the target's
     rate_K: Tensor  # the sum of their acceptance rates, of an objective that is made of it; or else zero
 
@@ -78,12 +80,14 @@ def unroll(draft: Draft, target: FrozenTarget, pack: Pack, goal: Goal) -> Unroll
     """
     steps, taught = len(goal.weights_K), pack.taught(goal.generated_only)
     roots = Roots.of_chains_to(taught, pack.samples, steps, pack.tokens_N.device)
+    teacher, row_M = Teacher(draft, target, pack), rows_of(taught, roots.device)
 
     def lose(begun: Begun) -> tuple[Tensor, ...]:
-        given = (Teacher(draft, target, pack), rows_of(taught, roots.device), roots, goal)
-        return _ChunkedLoss.apply(draft.lm_head.weight, *given, *begun.unroll(steps))
+        return _ChunkedLoss.apply(draft.lm_head.weight, teacher, row_M, roots, goal, *begun.unroll(steps))
 
-    return Unrolled(*run_draft(draft, target, pack, roots, lose))
+    loss, *counts = run_draft(draft, target, pack, roots, lose)
+    flops = pass_flops(draft, roots, steps, row_M.numel(), teacher.rows_given, target.head_VH.numel())
+    return Unrolled(loss, flops, *counts)
 
 
 def run_draft(draft: Draft, target: FrozenTarget, pack: Pack, roots: Roots, use: Callable[[Begun], Any]) -> Any:
@@ -111,8 +115,8 @@ class Taught(NamedTuple):
         return (self.row_C - 1 - k).clamp(min=0), self.before_C > k
 
     def known(self) -> "Taught":
-        """Those whose top token the draft vocabulary has."""
-        known_S = self.known_C.nonzero().flatten()  # waited for on a GPU, once for all steps of a chunk
+        """Those whose top token the draft vocabulary has. On a GPU it is waited for how many: once for all steps."""
+        known_S = self.known_C.nonzero().flatten()
         return self if known_S.numel() == self.known_C.numel() else Taught(*(t[known_S] for t in self))
 
 
@@ -123,11 +127,20 @@ class Teacher:
         self.pack = pack
         self._head_VH, self._ids_D, self._t2d_V = target.head_VH, draft.target_ids_D, draft.t2d
         self._draft_id_V = draft.t2d.cumsum(0) - 1  # draft ids follow the order of the target's
+        self.rows_given = 0
 
-    def in_chunks(self, row_M: Tensor, steps: int = 1) -> Iterator[Taught]:
-        """The teacher rows, so many at a time that logits stay small: theirs, and those of ``steps`` drafts of each."""
+    def in_chunks(self, row_M: Tensor, steps: int = 1, known_only: bool = False) -> Iterator[Taught]:
+        """The teacher rows, so many at a time that logits stay small: theirs, and those of ``steps`` drafts of each.
+
+        With ``known_only``, without those whose top token the draft vocabulary lacks.
+        """
+        some_unknown = self._ids_D.numel() < self._t2d_V.numel()
         for row_C in row_M.split(_chunk_rows(self._head_VH, steps, self._ids_D.numel())):
-            yield self._taught(row_C)
+            taught = self._taught(row_C)
+            if known_only and some_unknown:
+                taught = taught.known()
+            self.rows_given += taught.row_C.numel()
+            yield taught
 
     def draft_ids(self, token_C: Tensor) -> tuple[Tensor, Tensor]:
         """Draft ids of tokens, and which of them the draft vocabulary has; -1 is no token."""
@@ -173,9 +186,8 @@ class _ChunkedLoss(torch.autograd.Function):
         correct_K = torch.zeros(steps, dtype=torch.int64, device=head_DH.device)
         grad_head_DH = torch.zeros_like(head_DH, dtype=dtype)
         grads_KLH = [torch.zeros_like(h) for h in hidden_KLH]
-        for chunk in teacher.in_chunks(row_M, steps):
-            if goal.objective not in objectives.MADE_OF_RATES:  # or else rates of the others are of interest too
-                chunk = chunk.known()
+        known_only = goal.objective not in objectives.MADE_OF_RATES  # or else rates of the others are of interest too
+        for chunk in teacher.in_chunks(row_M, steps, known_only):
             n_KC, counts_KC = map(torch.stack, zip(*(chunk.learners(k) for k in range(steps)), strict=True))
             at_KC = roots.place_N[n_KC]
             hidden_SH = torch.cat([hidden_LH[at_C] for hidden_LH, at_C in zip(hidden_KLH, at_KC, strict=True)])

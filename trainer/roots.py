@@ -49,9 +49,13 @@ class Roots:
 
     def pick(self, x: Tensor, dim: int = 0) -> Tensor:
         """Of all rows' values, the roots'; what is the roots' already stays as it is."""
-        if x.shape[dim] == self.row_L.numel():
+        if x.shape[dim] == self.count:
             return x
         return x.index_select(dim, self.row_L)
+
+    @property
+    def count(self) -> int:
+        return sum(end - start for _, start, end in self.runs)
 
     @cached_property
     def row_L(self) -> Tensor:

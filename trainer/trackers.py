@@ -30,6 +30,8 @@ class Trackers:
         metrics = {"loss": result.loss, "grad_norm": result.grad_norm, "tokens": result.tokens, **accuracy}
         if len(result.tokens_by_rank) > 1:
             metrics |= {f"tokens_rank_{rank}": tokens for rank, tokens in enumerate(result.tokens_by_rank)}
+        if result.mfu is not None:
+            metrics["mfu"] = result.mfu
         self._write(result.step, metrics)
 
     def log_version(self, version: int, step: int, evaluated: Evaluated) -> None:

@@ -70,6 +70,12 @@ def test_a_compiled_step_learns_the_same(run, objective, activation_checkpointin
     assert found[1] == pytest.approx(found[0], rel=1e-4)
 
 
+def test_mfu_is_told_where_the_peak_of_the_device_is_known(run, monkeypatch):
+    assert Learner(run, CPU).train([[make_sample(24)]]).mfu is None
+    monkeypatch.setattr("trainer.learner.peak_flops", lambda device, dtype: 1e10)
+    assert 0 < Learner(run, CPU).train([[make_sample(24)]]).mfu < 1
+
+
 def test_acceptance_is_told_apart_by_slice(run):
     learner = Learner(run, CPU)
     samples = [make_sample(16, seed=i, slice=name) for i, name in enumerate(["code", "chat", "code"])]

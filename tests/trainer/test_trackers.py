@@ -44,6 +44,13 @@ def test_a_line_a_step_and_those_of_a_life_cut_off_are_taken_back(tmp_path):
     }  # fmt: skip
 
 
+def test_mfu_is_in_the_line_of_a_step_that_knows_it(tmp_path):
+    trackers = Trackers(settings := TrainingSettings(run_dir=tmp_path), 0)
+    trackers.log(Trained(1, 0.1, 1.0, [0.5], [64], mfu=0.25))
+    trackers.close()
+    assert lines(settings)[0]["mfu"] == 0.25
+
+
 def test_tensorboard_gets_the_same_numbers(tmp_path, monkeypatch):
     written = []
 

@@ -11,7 +11,7 @@ from trainer.learner import Trained
 
 
 class ProgressLine:
-    """A bar with loss, tokens/s and memory; a line for each version, which is all where there is no terminal."""
+    """A bar with loss, tokens/s, MFU and memory; a line for each version, which is all where there is no terminal."""
 
     def __init__(self, planned_steps: int) -> None:
         self._console = Console()
@@ -25,7 +25,8 @@ class ProgressLine:
 
     def trained(self, result: Trained) -> None:
         self._tokens += result.tokens
-        now = f"loss {result.loss:.3f}  {self._tokens_per_s():.0f} tokens/s  {_memory()}"
+        mfu = "" if result.mfu is None else f"  MFU {result.mfu:.0%}"
+        now = f"loss {result.loss:.3f}  {self._tokens_per_s():.0f} tokens/s{mfu}  {_memory()}"
         self._bar.update(self._task, completed=result.step, now=now)
 
     def published(self, version: int, step: int, simulated: Simulated) -> None:
