@@ -17,7 +17,9 @@ from sglang_specforge.checkpoint import (
     save_checkpoint,
 )
 from sglang_specforge.drafts import EAGLE3, EAGLE3_VARIANTS, expected_shapes, kind_of
+from sglang_specforge.settings import SettingsError
 from sglang_specforge.target import fingerprint_target, load_embedding_and_head, load_target_config, resolve_target
+from sglang_specforge.training_settings import TrainingSettings
 
 _KEPT = ("eagle_config", *EAGLE3_VARIANTS)  # the captured layers, where they are not the default ones, and variants
 _TRAINABLE: dict[str, tuple[Any, ...]] = {
@@ -131,6 +133,26 @@ def import_draft(given: Path, target_path: Path, out: Path) -> Path:
     check_tensors(given, config, tensors, fingerprint)
     save_checkpoint(out, config, tensors)
     return out
+
+
+def check_made_with(draft: Path, settings: TrainingSettings) -> None:
+    """Of a draft that an earlier life of the run folder made: that it is what is asked for now, where anything is.
+
+    Raises:
+        SettingsError: it has another vocabulary, or is of another recipe.
+    """
+    config, differs = load_config(draft), []
+    asked = {name: getattr(settings, name) for name in settings.model_fields_set & {"draft_vocab_size", "recipe"}}
+    if (size := asked.get("draft_vocab_size")) and min(size, config["vocab_size"]) != config["draft_vocab_size"]:
+        differs.append(f"draft_vocab_size {size}, where it has {config['draft_vocab_size']}")
+    variants = {name: config[name] for name in EAGLE3_VARIANTS if config.get(name)}
+    if (recipe := asked.get("recipe")) and variants != RECIPES[recipe]:
+        differs.append(f"recipe {recipe!r}, where it has {', '.join(variants) or 'no variant'}")
+    if differs:
+        raise SettingsError(
+            f"the draft of run folder {settings.run_dir} was made otherwise than is asked for: {'; '.join(differs)}. "
+            "Leave that out, or give another run folder"
+        )
 
 
 def _read_given(folder: Path) -> dict[str, torch.Tensor]:

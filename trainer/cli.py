@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from sglang_specforge.checkpoint import CheckpointError
 from sglang_specforge.client import Unanswered
-from sglang_specforge.new_draft import RECIPES, coverage, import_draft, init_draft
+from sglang_specforge.new_draft import RECIPES, check_made_with, coverage, import_draft, init_draft
 from sglang_specforge.settings import (
     OnlineSettings,
     Run,
@@ -131,8 +131,11 @@ def _starting_draft(settings: OfflineSettings, target: Path, samples: StoredSamp
             f"run folder {settings.run_dir} began from {'a random' if settings.draft else 'a given'} draft; "
             f"go on {'without' if settings.draft else 'with'} --draft, or give another --run-dir"
         )
-    if dist.get_rank() == 0 and not (draft / "config.json").exists():
-        if settings.draft:
+    if dist.get_rank() == 0:
+        if (draft / "config.json").exists():
+            if not settings.draft:
+                check_made_with(draft, settings)
+        elif settings.draft:
             import_draft(resolve_target(str(settings.draft)), target, draft)
         else:
             counts_V = samples.count_tokens(load_target_config(target).vocab_size)

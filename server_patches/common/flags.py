@@ -13,7 +13,7 @@ from server_patches.common.launcher import apply_run_hooks
 from server_patches.supported import check
 from server_patches.targets import IncompatibleSGLang
 from sglang_specforge.checkpoint import FINGERPRINT_KEY, CheckpointError, load_config
-from sglang_specforge.new_draft import import_draft, init_draft
+from sglang_specforge.new_draft import check_made_with, import_draft, init_draft
 from sglang_specforge.settings import (
     DraftTrainingSettings,
     Run,
@@ -109,6 +109,8 @@ def _own_draft(settings: DraftTrainingSettings, target: Path, dtype: str) -> tup
             f"run folder {settings.run_dir} holds drafts of another target (fingerprint {found!r}, served "
             f"{expected!r}); give another --draft-training-run-dir"
         )
+    else:
+        check_made_with(draft, settings)
     return version, draft
 
 

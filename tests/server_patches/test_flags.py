@@ -86,6 +86,17 @@ def test_the_flag_makes_a_draft_and_sets_speculation(target, tmp_path):
     assert json.loads(run)["served_dtype"] == "bfloat16"
 
 
+def test_a_run_folders_draft_with_another_vocabulary_than_is_asked_for_is_refused(parser, target, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    init_draft(str(target), run_dir / "versions" / "initial", draft_vocab_size=16, dtype="float32")
+    given = ["--model-path", str(target), "--dtype", "float32", "--enable-draft-training"]
+    given += ["--draft-training-run-dir", str(run_dir), "--draft-training-draft-vocab-size"]
+    with pytest.raises(SystemExit):
+        flags.consume_flags(None, parser.parse_args([*given, "24"]))
+    assert "draft_vocab_size 24, where it has 16" in capsys.readouterr().err
+    assert json.loads(answer(parse(*given, "16"))[1])["settings"]["draft_vocab_size"] == 16
+
+
 def test_revisions_are_those_that_were_asked_for(target, tmp_path):
     other = make_target(tmp_path / "other", seed=1)
     draft = init_draft(str(other), tmp_path / "draft", draft_vocab_size=32, seed=2)

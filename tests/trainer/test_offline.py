@@ -223,6 +223,19 @@ def test_a_run_that_began_from_another_draft_is_not_gone_on_with(tmp_path, data,
     assert "began from a random draft; go on without --draft" in capsys.readouterr().err
 
 
+def test_a_run_goes_on_with_the_draft_that_it_made_and_says_where_another_is_asked_for(tmp_path, data, capsys):
+    main(flags(tmp_path / "run", data, max_steps=2, draft_vocab_size=24))
+    main(flags(tmp_path / "run", data, max_steps=3, draft_vocab_size=24, recipe="eagle3"))
+    unsaid = flags(tmp_path / "run", data, max_steps=4)
+    at = unsaid.index("--draft-vocab-size")
+    main(unsaid[:at] + unsaid[at + 2 :])
+    with pytest.raises(SystemExit) as end:
+        main(flags(tmp_path / "run", data, max_steps=5, draft_vocab_size=32, recipe="eagle3.1"))
+    assert end.value.code == 2
+    said = capsys.readouterr().err
+    assert "draft_vocab_size 32, where it has 24; recipe 'eagle3.1', where it has no variant" in said
+
+
 @pytest.mark.parametrize(
     ("run_dir", "given", "named"),
     [
