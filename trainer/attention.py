@@ -59,7 +59,7 @@ def _prefix_of(roots: Roots) -> BlockMask:
     def attends(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (first_L[query] <= key) & (key <= row_L[query])
 
-    return create_block_mask(attends, None, None, row_L.numel(), roots.rows, device=roots.device)
+    return create_block_mask(attends, None, None, roots.count, roots.rows, device=roots.device)
 
 
 class _PrefixAndChain(torch.autograd.Function):

@@ -19,7 +19,7 @@ from sglang_specforge.training_settings import Speculation
 from trainer.draft import Begun, Draft
 from trainer.draft_tree import accepted_by_tree
 from trainer.loss import FrozenTarget, Taught, Teacher, run_draft
-from trainer.roots import Roots, rows_of
+from trainer.roots import Roots, Run, rows_of
 from trainer.sample import Pack, Sample, pack
 
 # greedy: the target's top token, as at temperature 0. target_only: a top draft is taken with the target's probability
@@ -88,10 +88,11 @@ def simulate(
             roots = Roots.everywhere(packed.samples, device)
             chances = partial(accepted_by_tree, target=target, pack=packed, speculation=speculation)
         else:
-            roots = Roots.of_chains_to(packed.taught(True), packed.samples, steps, device)
-            chances = partial(_chances, target=target, pack=packed, steps=steps, way=way)
+            taught = packed.taught(generated_only=True)
+            roots = Roots.of_chains_to(taught, len(sample), steps, device)
+            chances = partial(_chances, target=target, pack=packed, taught=taught, steps=steps, way=way)
         chances_KN = run_draft(draft, target, packed, roots, chances).tolist()
-        for start, end in packed.generated:
+        for _, start, end in packed.generated:
             found += Simulated(end - start, 1, *_walk([row[start:end] for row in chances_KN]))
     return found
 
@@ -120,11 +121,11 @@ def _walk(chances_KN: list[list[float]]) -> tuple[float, list[float]]:
     return sum(starts[: rows - 1]), accepted_K
 
 
-def _chances(begun: Begun, target: FrozenTarget, pack: Pack, steps: int, way: Way) -> Tensor:
+def _chances(begun: Begun, target: FrozenTarget, pack: Pack, taught: list[Run], steps: int, way: Way) -> Tensor:
     """Chance that the target accepts the draft of row n at step k, [K, N]; zero where it drafts no generated token."""
     hidden_KLH, head, roots = begun.unroll(steps), begun.draft.lm_head, begun.past.roots
     chances_KN = torch.zeros(steps, roots.rows, device=roots.device)
-    for chunk in Teacher(begun.draft, target, pack).in_chunks(rows_of(pack.taught(True), roots.device)):
+    for chunk in Teacher(begun.draft, target, pack).in_chunks(rows_of(taught, roots.device)):
         for k, hidden_LH in enumerate(hidden_KLH):
             n_C, counts_C = chunk.learners(k)
             logits_CD = head(hidden_LH[roots.place_N[n_C]]).to(chunk.teacher_CD.dtype)

@@ -79,7 +79,7 @@ def unroll(draft: Draft, target: FrozenTarget, pack: Pack, goal: Goal) -> Unroll
     target token the draft vocabulary lacks adds nothing to the loss.
     """
     steps, taught = len(goal.weights_K), pack.taught(goal.generated_only)
-    roots = Roots.of_chains_to(taught, pack.samples, steps, pack.tokens_N.device)
+    roots = Roots.of_chains_to(taught, len(pack.tokens_N), steps, pack.tokens_N.device)
     teacher, row_M = Teacher(draft, target, pack), rows_of(taught, roots.device)
 
     def lose(begun: Begun) -> tuple[Tensor, ...]:

@@ -4,7 +4,7 @@ A row of a prompt that predicts nothing to learn from is read by the rows after 
 never again: nothing else of it is computed. Shapes: N rows of a pack, L roots among them, K steps.
 """
 
-from bisect import bisect_right
+from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ Runs = list[tuple[int, int]]  # of rows: the first, and the one after the last
 
 
 class Run(NamedTuple):
-    """Roots that follow one another, and the first row of their sample."""
+    """Rows that follow one another, and the first row of their sample."""
 
     first: int
     start: int
@@ -32,20 +32,19 @@ class Roots:
         return cls([Run(first, first, end) for first, end in samples], samples[-1][1], device)
 
     @classmethod
-    def of_chains_to(cls, taught: Runs, samples: Runs, steps: int, device: torch.device) -> "Roots":
+    def of_chains_to(cls, taught: list[Run], rows: int, steps: int, device: torch.device) -> "Roots":
         """The rows whose chains of ``steps`` reach one of the ``taught`` rows: row n of step k reaches row n+1+k.
 
         No taught row is its sample's first. Where there is none, the first row of all is a root: a pass computes
         something whatever it is given, as processes that train together have to meet in it.
         """
-        firsts, runs = [first for first, _ in samples], list[Run]()
-        for start, end in taught:
-            first = firsts[bisect_right(firsts, start) - 1]
+        runs: list[Run] = []
+        for first, start, end in taught:
             run = Run(first, max(first, start - steps), end - 1)
             if runs and run.start <= runs[-1].end:
                 run = Run(first, runs.pop().start, run.end)
             runs.append(run)
-        return cls(runs or [Run(0, 0, 1)], samples[-1][1], device)
+        return cls(runs or [Run(0, 0, 1)], rows, device)
 
     def pick(self, x: Tensor, dim: int = 0) -> Tensor:
         """Of all rows' values, the roots'; what is the roots' already stays as it is."""
@@ -53,25 +52,25 @@ class Roots:
             return x
         return x.index_select(dim, self.row_L)
 
-    @property
+    @cached_property
     def count(self) -> int:
         return sum(end - start for _, start, end in self.runs)
 
     @cached_property
     def row_L(self) -> Tensor:
         """Each root's row, int64."""
-        return rows_of([(start, end) for _, start, end in self.runs], self.device)
+        return rows_of(self.runs, self.device)
 
     @cached_property
     def place_N(self) -> Tensor:
         """Each row's place among the roots, int64; that of any other row is of no use, but within bounds."""
-        place_L = torch.arange(self.row_L.numel(), device=self.device)
+        place_L = torch.arange(self.count, device=self.device)
         return place_L.new_zeros(self.rows).index_copy_(0, self.row_L, place_L)
 
 
-def rows_of(runs: Runs, device: torch.device) -> Tensor:
+def rows_of(runs: Sequence[Run], device: torch.device) -> Tensor:
     """Their rows one by one, int64."""
-    return torch.cat([torch.arange(0), *(torch.arange(start, end) for start, end in runs)]).to(device)
+    return torch.cat([torch.arange(0), *(torch.arange(start, end) for _, start, end in runs)]).to(device)
 
 
 def runs_of(is_in_N: Tensor) -> Runs:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.roots import Runs, runs_of
+from trainer.roots import Run, Runs, runs_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,15 +47,13 @@ class Pack(NamedTuple):
     positions_N: Tensor  # int64, absolute
     first_row_N: Tensor  # int64, of the row's sample
     samples: Runs  # rows of each
-    generated: Runs  # rows whose next token is the target's
+    generated: list[Run]  # rows whose next token is the target's
 
-    def taught(self, generated_only: bool) -> Runs:
+    def taught(self, generated_only: bool) -> list[Run]:
         """Rows that teach what to draft, generated ones or all: not a sample's first, which no draft is made for."""
-        if not generated_only:
-            return [(first + 1, end) for first, end in self.samples if first + 1 < end]
-        firsts = {first for first, _ in self.samples}
-        runs = [(start + (start in firsts), end) for start, end in self.generated]
-        return [(start, end) for start, end in runs if start < end]
+        runs = self.generated if generated_only else [Run(first, first, end) for first, end in self.samples]
+        later = [run._replace(start=max(run.start, run.first + 1)) for run in runs]
+        return [run for run in later if run.start < run.end]
 
 
 def pack(samples: list[Sample], device: torch.device) -> Pack:
@@ -71,7 +69,7 @@ def pack(samples: list[Sample], device: torch.device) -> Pack:
 
     first_row_N = per_row([first for first, _ in rows])
     generated = [
-        (first + start, first + end)
+        Run(first, first + start, first + end)
         for (first, _), s in zip(rows, samples, strict=True)
         for start, end in runs_of(s.generated_T)
     ]

@@ -17,13 +17,13 @@ def test_every_row_whose_chain_reaches_a_taught_row_is_a_root(generated_only, st
     masks = [torch.rand(T) < share for T, share in ((1, 1), (9, 0.2), (30, 0.1), (2, 1), (5, 0), (12, 0.6))]
     samples = [make_sample(len(mask), generated_T=mask) for mask in masks]
     packed = pack(samples, CPU)
-    roots = Roots.of_chains_to(packed.taught(generated_only), packed.samples, steps, CPU)
+    roots = Roots.of_chains_to(packed.taught(generated_only), len(packed.tokens_N), steps, CPU)
     wanted, taught = [], []
     for (first, end), mask in zip(packed.samples, masks, strict=True):
         teaches = [first + t for t in range(1, end - first) if mask[t] or not generated_only]
         taught += teaches
         wanted += [n for n in range(first, end) if any(n + 1 + k in teaches for k in range(steps))]
-    assert [row for start, end in packed.taught(generated_only) for row in range(start, end)] == taught
+    assert [row for _, start, end in packed.taught(generated_only) for row in range(start, end)] == taught
     assert roots.row_L.tolist() == wanted
     assert roots.place_N[roots.row_L].tolist() == list(range(len(wanted)))
     assert int(roots.place_N.max()) < len(wanted)
@@ -32,7 +32,7 @@ def test_every_row_whose_chain_reaches_a_taught_row_is_a_root(generated_only, st
 
 
 def test_where_nothing_is_taught_one_row_is_computed():
-    assert Roots.of_chains_to([], [(0, 4), (4, 9)], 3, CPU).runs == (Run(0, 0, 1),)
+    assert Roots.of_chains_to([], 9, 3, CPU).runs == (Run(0, 0, 1),)
 
 
 def test_runs():
