@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from sglang_specforge.checkpoint import (
     CheckpointError,
     check_tensors,
     load_config,
+    noted_content,
     read_tensors,
     save_checkpoint,
 )
@@ -153,6 +155,21 @@ def check_made_with(draft: Path, settings: TrainingSettings) -> None:
             f"the draft of run folder {settings.run_dir} was made otherwise than is asked for: {'; '.join(differs)}. "
             "Leave that out, or give another run folder"
         )
+
+
+def check_begun_from(given: Path, draft: Path, target_path: Path, settings: TrainingSettings) -> None:
+    """That ``given`` is what an earlier life of the run folder made ``draft`` of.
+
+    Raises:
+        SettingsError: it is another draft.
+        CheckpointError: as ``import_draft``.
+    """
+    with TemporaryDirectory(dir=draft.parent) as name:
+        if noted_content(import_draft(given, target_path, Path(name))) == noted_content(draft):
+            return
+    raise SettingsError(
+        f"run folder {settings.run_dir} began from another draft than {given}; give that one, or another run folder"
+    )
 
 
 def _read_given(folder: Path) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from sglang_specforge.checkpoint import CheckpointError
 from sglang_specforge.client import Unanswered
-from sglang_specforge.new_draft import RECIPES, check_made_with, coverage, import_draft, init_draft
+from sglang_specforge.new_draft import RECIPES, check_begun_from, check_made_with, coverage, import_draft, init_draft
 from sglang_specforge.settings import (
     OnlineSettings,
     Run,
@@ -132,11 +132,11 @@ def _starting_draft(settings: OfflineSettings, target: Path, samples: StoredSamp
             f"go on {'without' if settings.draft else 'with'} --draft, or give another --run-dir"
         )
     if dist.get_rank() == 0:
+        given = settings.draft and resolve_target(str(settings.draft))
         if (draft / "config.json").exists():
-            if not settings.draft:
-                check_made_with(draft, settings)
-        elif settings.draft:
-            import_draft(resolve_target(str(settings.draft)), target, draft)
+            check_begun_from(given, draft, target, settings) if given else check_made_with(draft, settings)
+        elif given:
+            import_draft(given, target, draft)
         else:
             counts_V = samples.count_tokens(load_target_config(target).vocab_size)
             chosen = {

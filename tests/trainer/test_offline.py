@@ -223,6 +223,18 @@ def test_a_run_that_began_from_another_draft_is_not_gone_on_with(tmp_path, data,
     assert "began from a random draft; go on without --draft" in capsys.readouterr().err
 
 
+def test_a_run_goes_on_from_the_draft_that_it_was_given_and_from_no_other(tmp_path, data, capsys):
+    main(flags(tmp_path / "other", data, max_steps=2))
+    first, second = (tmp_path / "other" / "versions" / name for name in ("initial", "000001"))
+    main(flags(tmp_path / "run", data, max_steps=2, draft=first))
+    main(flags(tmp_path / "run", data, max_steps=3, draft=first))
+    assert VersionFolder(tmp_path / "run").newest() == 2
+    with pytest.raises(SystemExit) as end:
+        main(flags(tmp_path / "run", data, max_steps=4, draft=second))
+    assert end.value.code == 2
+    assert f"began from another draft than {second}" in capsys.readouterr().err
+
+
 def test_a_run_goes_on_with_the_draft_that_it_made_and_says_where_another_is_asked_for(tmp_path, data, capsys):
     main(flags(tmp_path / "run", data, max_steps=2, draft_vocab_size=24))
     main(flags(tmp_path / "run", data, max_steps=3, draft_vocab_size=24, recipe="eagle3"))
