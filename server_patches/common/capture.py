@@ -58,7 +58,7 @@ def _capture_prefill(batch: Any, result: Any, tokens_N: torch.Tensor) -> None:
     if len(picked) < len(batch.reqs):
         rows = torch.zeros(len(batch.reqs), dtype=torch.bool)
         rows[picked] = True
-        rows = rows.repeat_interleave(torch.tensor(batch.extend_lens)).nonzero().flatten().to(tokens_N.device)
+        rows = _at_once(rows.repeat_interleave(torch.tensor(batch.extend_lens)).nonzero().flatten(), tokens_N.device)
         states, tokens_N = {name: state[rows] for name, state in states.items()}, tokens_N[rows]
     prefilled = [_prefilled(batch.reqs[b], batch.prefix_lens[b], batch.extend_lens[b]) for b in picked]
     _capture([one.request for _, one in admitted if one.left_out is None], states, tokens_N, prefilled=prefilled)
@@ -89,7 +89,7 @@ def _capture_verify(batch: Any, result: Any) -> None:
             aux_N3H = aux_N3H.view(B, D, -1)[:, :R].flatten(0, 1)
             last_NH, tokens_N = last_NH[path_N], tokens_N[path_N]
         if len(picked) < B:
-            rows = torch.tensor(picked, device=tokens_N.device)
+            rows = _at_once(torch.tensor(picked), tokens_N.device)
             aux_N3H, last_NH, tokens_N = (t.view(B, R, -1)[rows].flatten(0, 1) for t in (aux_N3H, last_NH, tokens_N))
         states, tokens_N = {"aux_N3H": aux_N3H, "last_NH": last_NH}, tokens_N.view(-1)
     requests = [one.request for _, one in admitted if one.left_out is None]
@@ -97,6 +97,11 @@ def _capture_verify(batch: Any, result: Any) -> None:
     slices, prompts = [request.slice for request in served], [request.prompt_tokens for request in served]
     verified = Verified(R, chain, facts_BF, picked, counted, slices, prompts, window, standings, seconds)
     _capture(requests, states, tokens_N, verified=verified)
+
+
+def _at_once(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """On the device, without waiting for what it is computing, as a copy of memory that is not pinned does."""
+    return (rows.pin_memory() if device.type == "cuda" else rows).to(device, non_blocking=True)
 
 
 def note_abort(rid: str) -> None:

@@ -16,12 +16,14 @@ _SHARED = ("embed_tokens",)
 
 
 class LiveDraft:
-    """``EagleDraftWorker``'s model on this rank, sharded as SGLang sharded it."""
+    """The draft of an ``EAGLEWorkerV2`` on this rank, sharded as SGLang sharded it."""
 
-    def __init__(self, draft_worker: Any, place: BankPlace) -> None:
-        self._worker = draft_worker
-        self._model = draft_worker.draft_runner.model
+    def __init__(self, worker: Any, place: BankPlace) -> None:
+        self._worker = worker.draft_worker
+        self._model = self._worker.draft_runner.model
         self._place = place
+        self._device = torch.get_device_module(worker.device)
+        self._forward_stream = worker.target_worker.model_runner.forward_stream
 
     def load_shadows(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Shadows:
         """This rank's part of a checkpoint in the bank's memory, in the live parameters' layout.
@@ -29,16 +31,19 @@ class LiveDraft:
         ``LlamaForCausalLMEagle3.load_weights`` runs on stand-ins for the live parameters, so stacking and TP
         sharding are SGLang's. Safe beside serving: it only reads the live model's shapes.
         """
-        stand_in = _StandIn((name, p, self._room_for(p.data)) for name, p in self._swappable())
-        type(self._model).load_weights(stand_in, tensors)
-        shadows = {name: p.data for name, p in stand_in.parameters.items()}
-        live, new = self._worker.hot_token_id, stand_in.hot_token_id
-        if live is not None and new is not None:
-            shadows["hot_token_id"] = self._room_for(live).copy_(new)
-        return shadows
+        with torch.cuda.device_of(next(self._model.parameters())):  # a thread begins on the first GPU, whose ever it is
+            stand_in = _StandIn((name, p, self._room_for(p.data)) for name, p in self._swappable())
+            type(self._model).load_weights(stand_in, tensors)
+            shadows = {name: p.data for name, p in stand_in.parameters.items()}
+            live, new = self._worker.hot_token_id, stand_in.hot_token_id
+            if live is not None and new is not None:
+                shadows["hot_token_id"] = self._room_for(live).copy_(new)
+            return shadows
 
     def copy_in(self, shadows: Shadows) -> None:
         """Make the shadows the live weights; between two steps only."""
+        # With overlap, the step before is still under way, on a stream that this one need not be behind.
+        self._device.current_stream().wait_stream(self._forward_stream)
         live = self._live()
         names = [name for name in live if name in shadows]
         with torch.no_grad():

@@ -55,6 +55,7 @@ COMMON: tuple[Seam, ...] = (
     Members(
         "sglang.srt.environ.Envs", ("SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND",), "set: whether the draft runs undrafted"
     ),
+    Members("sglang.srt.model_executor.model_runner.ModelRunner", ("forward_stream",), "waited for: a step, by a swap"),
     Members(f"{_DRAFT}", ("draft_runner", "hot_token_id", "device"), "read and written: the live draft"),
     Target("sglang.srt.models.llama_eagle3.LlamaForCausalLMEagle3.load_weights", ("self", "weights"), "called: shards"),
     Members("sglang.srt.speculative.eagle_info.EagleVerifyInput", ("draft_token", "topk"), "read: what was proposed"),

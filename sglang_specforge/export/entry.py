@@ -170,7 +170,7 @@ class HostCopier:
             _fill(entry, states, small, non_blocking=True)
             for tensor in [*states.values(), *small.values()]:
                 tensor.record_stream(self._stream)
-            entry.copied = torch.cuda.Event()
+            entry.copied = torch.cuda.Event(blocking=True)  # or the exporter's thread would wait on a core of its own
             entry.copied.record(self._stream)
         return entry
 
