@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from trainer.fused import fusable, wide
 from trainer.roots import Roots
+
+_BLOCK = 128  # rows of a block of flex_attention's masks
 
 
 def attend(q_QLP: Tensor, keys: list[Tensor], values: list[Tensor], roots: Roots) -> Tensor:
@@ -51,7 +53,11 @@ def _compiled_flex() -> Any:
 
 @lru_cache(maxsize=4)
 def _prefix_of(roots: Roots) -> BlockMask:
-    """The rows of its sample up to a root, for each root."""
+    """The rows of its sample up to a root, for each root.
+
+    Which blocks of keys a block of roots attends to, in part or whole, follows from its first and its last root, since
+    rows and samples ascend; ``create_block_mask`` would make a mask [L, N] on the way.
+    """
     row_L = roots.row_L
     lengths = torch.tensor([end - start for _, start, end in roots.runs])
     first_L = torch.tensor([first for first, _, _ in roots.runs]).repeat_interleave(lengths).to(roots.device)
@@ -59,7 +65,24 @@ def _prefix_of(roots: Roots) -> BlockMask:
     def attends(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (first_L[query] <= key) & (key <= row_L[query])
 
-    return create_block_mask(attends, None, None, roots.count, roots.rows, device=roots.device)
+    start_B1 = torch.arange(0, roots.count, _BLOCK, device=roots.device)[:, None]
+    last_B1 = (start_B1 + _BLOCK).clamp(max=roots.count) - 1
+    key_S = torch.arange(0, roots.rows, _BLOCK, device=roots.device)  # first of each block
+    seen_BS = (key_S + _BLOCK > first_L[start_B1]) & (key_S <= row_L[last_B1])
+    whole_BS = (key_S >= first_L[last_B1]) & (key_S + _BLOCK - 1 <= row_L[start_B1])
+    return BlockMask.from_kv_blocks(
+        *_listed(seen_BS & ~whole_BS),
+        *_listed(whole_BS),
+        BLOCK_SIZE=_BLOCK,
+        mask_mod=attends,
+        seq_lengths=(roots.count, roots.rows),
+    )
+
+
+def _listed(is_in_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """For one batch and head of a ``BlockMask``: how many of each row, and their places, before all others."""
+    places_BS = is_in_BS.argsort(dim=-1, descending=True, stable=True)
+    return is_in_BS.sum(-1, dtype=torch.int32)[None, None], places_BS.int()[None, None]
 
 
 class _PrefixAndChain(torch.autograd.Function):

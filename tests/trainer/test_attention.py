@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
+from trainer import attention
 from trainer.attention import attend_by_flash, attend_by_flex
 from trainer.roots import Roots, Run
 
@@ -76,6 +77,27 @@ def test_flex_attention_gives_the_numbers_of_flash(steps, which):
     given = (q, chain[:steps], chain[steps:], ROOTS[which])
     found = attend_by_flex(*given, flex=flex_attention)
     torch.testing.assert_close(found, attend_by_flash(*given), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 128, 500, 1500])
+def test_blocks_of_keys_are_those_that_their_roots_attend_to(rows):
+    torch.manual_seed(rows)
+    bounds = sorted({0, rows, *torch.randint(rows, (5,)).tolist()})
+    runs = [Run(a, (a + b) // 2, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    roots = Roots(runs, rows, CPU)
+    mask, N = attention._prefix_of(roots), torch.arange(rows)
+    wanted = mask.mask_mod(None, None, torch.arange(roots.count)[:, None], N)
+    found = torch.zeros_like(wanted)
+    listed = (mask.kv_num_blocks, mask.kv_indices, False), (mask.full_kv_num_blocks, mask.full_kv_indices, True)
+    for counts, places, whole in listed:
+        for block, (count, keys) in enumerate(zip(counts[0, 0].tolist(), places[0, 0].tolist(), strict=True)):
+            for key in keys[:count]:
+                at = slice(128 * block, 128 * block + 128), slice(128 * key, 128 * key + 128)
+                assert wanted[at].all() or not whole
+                assert not found[at].any()
+                found[at] |= wanted[at]
+    assert torch.equal(found, wanted)
+    assert int(mask.full_kv_num_blocks.sum()) > 0 or rows < 1000
 
 
 @pytest.mark.gpu
