@@ -53,11 +53,11 @@ def check_machine(settings: TrainingSettings, processes: int) -> None:
             "name another in CXX, or leave compile out"
         )
     kind, _, index = settings.trainer_device.partition(":")
-    if kind == "cpu":
+    if kind != "cuda":
         return
     from torch import cuda
 
-    needed, there = processes if processes > 1 else int(index or 0) + 1, cuda.device_count()
+    needed, there = int(index or 0) + processes, cuda.device_count()
     if needed > there:
         raise SettingsError(
             f"draft training setting 'trainer_device' = {settings.trainer_device!r}, for {processes} process(es), "

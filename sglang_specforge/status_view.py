@@ -47,9 +47,8 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     if process := trainer["process"]:
         last_exit = process["last_exit"] or "none"
-        rows.append(
-            ("  process", f"{process['pid'] or 'down'}, {process['restarts']} restarts, last exit: {last_exit}")
-        )
+        where = f"{process['pid'] or 'down'} on {process['device']}"
+        rows.append(("  process", f"{where}, {process['restarts']} restarts, last exit: {last_exit}"))
     for version, why in {**draft["refused"], **draft["failed_swaps"]}.items():
         rows.append((f"version {version} stays out", why))
     rows += [("exporter stopped", export["failure"]) for export in status["export"] if export["failure"]]

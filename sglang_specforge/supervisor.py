@@ -77,6 +77,7 @@ class TrainerSupervisor:
         return {
             "alive": alive,
             "pid": self._process.pid if alive else None,
+            "device": self._run.settings.trainer_device,
             "restarts": self._restarts,
             "last_exit": self._last_exit,
         }

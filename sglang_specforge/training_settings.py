@@ -42,7 +42,10 @@ class TrainingSettings(BaseModel):
         Path("draft-training"), description="Folder for checkpoints, published versions and the trainer's log."
     )
     trainer_device: str = Field(
-        "cpu", pattern=r"^(cpu|cuda(:\d+)?)$", description="Torch device of the trainer, for instance cuda:1."
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:\d+)?)$",
+        description="Torch device of the trainer, for instance cuda:1 (of several processes, the first one's); auto: "
+        "GPUs that nobody else uses, or else the CPU.",
     )
     trainer_threads: int = Field(1, ge=1, description="CPU threads of the trainer.")
     dtype: Literal["auto", "bfloat16", "float32"] = Field(

@@ -26,7 +26,7 @@ from sglang_specforge.settings_flags import add_settings_flags, given_settings
 from sglang_specforge.shared_memory import SegmentRefused
 from sglang_specforge.sockets import EndpointTaken
 from sglang_specforge.target import TargetError, fingerprint_target, load_target_config, resolve_target
-from sglang_specforge.training_settings import Job, TrainingSettings
+from sglang_specforge.training_settings import Job
 from sglang_specforge.versions import VersionFolder
 from trainer.attach import AttachSettings, CannotAttach, attach
 from trainer.learner import Learner
@@ -35,7 +35,7 @@ from trainer.offline.layout import DatasetError, Manifest
 from trainer.offline.reader import StoredSamples
 from trainer.offline.source import OfflineSettings, OfflineSource, Split
 from trainer.online import OnlineSource, OwnServer, Servers
-from trainer.process import process_group, stop_signal
+from trainer.process import process_group, settle_device, stop_signal
 from trainer.resume import Checkpoints, ResumeError
 from trainer.trackers import MissingTracker, Trackers
 
@@ -72,7 +72,7 @@ def train_for(run: Run) -> None:
 def train_attached(settings: AttachSettings, api_key: str | None) -> None:
     """Until SIGTERM or SIGINT; servers may come and go."""
     stopped = stop_signal()
-    _check_place(settings)
+    settings = _settle_place(settings)
     with process_group(settings) as device:
         job, servers = attach(settings, api_key)
         _train_online(job, settings, servers, device, stopped)
@@ -91,7 +91,7 @@ def _train_online(
 def train_offline(settings: OfflineSettings) -> None:
     """Until the epochs or steps are done, or SIGTERM or SIGINT comes."""
     stopped = stop_signal()
-    _check_place(settings)
+    settings = _settle_place(settings)
     with process_group(settings) as device:
         target = resolve_target(str(settings.target or Manifest.load(settings.data).target_path))
         samples = StoredSamples(settings.data, fingerprint_target(target))
@@ -115,9 +115,11 @@ def train_offline(settings: OfflineSettings) -> None:
         Trainer(job, learner, source, stopped, progress and progress.best_acceptance_length).run()
 
 
-def _check_place(settings: TrainingSettings) -> None:
+def _settle_place(settings: Settings) -> Settings:
+    settings = settle_device(settings)
     check_run_folder(settings)
     check_machine(settings, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return settings
 
 
 def _starting_draft(settings: OfflineSettings, target: Path, samples: StoredSamples) -> Path:

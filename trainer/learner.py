@@ -62,7 +62,9 @@ class Learner:
             self.draft,
             mesh=init_device_mesh(device.type, (dist.get_world_size(),)),
             mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
-            offload_policy=CPUOffloadPolicy() if self._settings.cpu_offload else OffloadPolicy(),
+            offload_policy=CPUOffloadPolicy()
+            if self._settings.cpu_offload and device.type != "cpu"
+            else OffloadPolicy(),
         )
         self.optimizers = make_optimizers(self.draft, self._settings)
         self._peak_flops = peak_flops(device, dtype)

@@ -1,6 +1,7 @@
 """One process of the trainer: its device, its process group, and its end."""
 
 import contextlib
+import logging
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -8,7 +9,33 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 
+from sglang_specforge.settings import Settings
 from sglang_specforge.training_settings import TrainingSettings
+
+logger = logging.getLogger(__name__)
+
+_IDLE = 0.1  # share of a GPU's memory that is in use at most
+
+
+def settle_device(settings: Settings) -> Settings:
+    """``trainer_device`` where it is ``auto``: an idle GPU, the first ones under ``torchrun``, or else the CPU."""
+    if settings.trainer_device != "auto":
+        return settings
+    processes, there = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    # Of several processes, one would see what another has begun to use.
+    idle = [gpu for gpu in range(there) if processes > 1 or _is_idle(gpu)]
+    device = f"cuda:{idle[0]}" if len(idle) >= processes else "cpu"
+    if there and device == "cpu":
+        logger.warning(
+            "draft training: the trainer computes on the CPU: of %d GPU(s), %d are idle, and %d are needed; "
+            "--trainer-device cuda:0 shares one",
+            *(there, len(idle), processes),
+        )
+    return settings.model_copy(update={"trainer_device": device})
+
+
+def _is_idle(gpu: int) -> bool:
+    return torch.cuda.device_memory_used(gpu) <= _IDLE * torch.cuda.get_device_properties(gpu).total_memory
 
 
 @contextlib.contextmanager
@@ -16,7 +43,7 @@ def process_group(settings: TrainingSettings) -> Iterator[torch.device]:
     """Join the other processes that ``torchrun`` started, or be alone; yields this process's device."""
     device = torch.device(settings.trainer_device)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        device = torch.device("cuda", (device.index or 0) + int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)  # FSDP works on the current device
     torch.set_num_threads(settings.trainer_threads)
     torch.manual_seed(settings.seed)

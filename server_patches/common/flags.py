@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from sglang.srt.configs.model_config import _get_and_verify_dtype
 from transformers import PretrainedConfig
 
@@ -54,6 +55,7 @@ def consume_flags(cls: type, args: argparse.Namespace) -> None:
             settings = load_settings(DraftTrainingSettings, given, file)
             check_run_folder(settings)
             if settings.trainer == "spawn":
+                settings = _settle_device(args, settings)
                 settings.check_spill()
                 check_machine(settings, settings.trainer_processes)
             _start_run(args, settings.with_absolute_folders())  # others read them, from folders of their own
@@ -160,6 +162,24 @@ def _refuse_contradictions(args: argparse.Namespace, settings: DraftTrainingSett
             f"--disaggregation-mode {args.disaggregation_mode}: one server computes prompts, another answers, and a "
             "trainer needs both; give --draft-training-trainer none, and both to python -m trainer attach"
         )
+
+
+def _settle_device(args: argparse.Namespace, settings: DraftTrainingSettings) -> DraftTrainingSettings:
+    """``auto``: the GPUs after those that the server takes, or else the CPU."""
+    if settings.trainer_device != "auto":
+        return settings
+    there = 0 if args.device == "cpu" else torch.cuda.device_count()
+    ranks = (args.tp_size or 1) * (1 if args.enable_dp_attention else args.dp_size or 1)
+    first = args.base_gpu_id + args.gpu_id_step * (ranks - 1) + 1
+    device = f"cuda:{first}" if first + settings.trainer_processes <= there else "cpu"
+    if there and device == "cpu":
+        print(
+            f"draft training: the trainer computes on the CPU: of {there} GPU(s), the server takes those before "
+            f"{first}, and {settings.trainer_processes} more are needed; --draft-training-trainer-device cuda:0 shares "
+            "one (with a lower --mem-fraction-static)",
+            file=sys.stderr,
+        )
+    return settings.model_copy(update={"trainer_device": device})
 
 
 def _settle_drafting(args: argparse.Namespace, settings: DraftTrainingSettings) -> DraftTrainingSettings:

@@ -15,8 +15,8 @@ from sglang.srt.server_args import ServerArgs
 
 from server_patches.common import flags
 from sglang_specforge.new_draft import init_draft
-from sglang_specforge.settings import DraftTrainingSettings
-from sglang_specforge.settings_flags import flag_of
+from sglang_specforge.settings import DraftTrainingSettings, load_settings
+from sglang_specforge.settings_flags import flag_of, given_settings
 from sglang_specforge.target import fingerprint_target
 from tests.tiny import make_target
 
@@ -135,6 +135,33 @@ def test_where_drafting_cannot_be_switched_off_it_never_is_and_that_is_said(pars
     assert "every step drafts" not in capsys.readouterr().err
     assert settled("--speculative-eagle-topk", "4") == "always"
     assert "every step drafts (--draft-drafting always), because of --speculative-eagle-topk" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("there", "arguments", "device"),
+    [
+        (0, [], "cpu"),
+        (1, [], "cpu"),
+        (2, [], "cuda:1"),
+        (8, ["--tp-size", "2", "--dp-size", "2"], "cuda:4"),
+        (8, ["--tp-size", "4", "--dp-size", "4", "--enable-dp-attention"], "cuda:4"),
+        (8, ["--base-gpu-id", "1", "--gpu-id-step", "2", "--tp-size", "2"], "cuda:4"),
+        (8, ["--tp-size", "6", "--draft-training-trainer-processes", "2"], "cuda:6"),
+        (8, ["--tp-size", "7", "--draft-training-trainer-processes", "2"], "cpu"),
+        (8, ["--tp-size", "8", "--draft-training-trainer-device", "cuda:3"], "cuda:3"),
+        (8, ["--device", "cpu"], "cpu"),
+    ],
+)
+def test_the_trainer_has_the_gpus_that_the_server_leaves_or_says_that_there_are_none(
+    parser, monkeypatch, capsys, there, arguments, device
+):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    args = parser.parse_args(["--model-path", "unused", *arguments])
+    given = given_settings(args, DraftTrainingSettings, "draft_training_")
+    settings = flags._settle_device(args, load_settings(DraftTrainingSettings, given, None))
+    assert settings.trainer_device == device
+    is_missed = device == "cpu" and there > 0 and "--device" not in arguments
+    assert ("the trainer computes on the CPU" in capsys.readouterr().err) == is_missed
 
 
 @pytest.mark.parametrize(
