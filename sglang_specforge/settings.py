@@ -24,6 +24,7 @@ from sglang_specforge.training_settings import Job, TrainingSettings, split
 RUN_VARIABLE = "SGLANG_SPECFORGE_RUN"
 SERVER_PID_VARIABLE = "SGLANG_SPECFORGE_SERVER_PID"  # of the server that started a trainer
 BankPlace = Literal["device", "host"]
+_MOST_RING_MB = 8192  # of a ring whose size nobody gave
 Settings = TypeVar("Settings", bound=TrainingSettings)
 
 
@@ -143,7 +144,12 @@ class DraftTrainingSettings(OnlineSettings):
         le=19,
         description="Niceness of the trainer's processes: where cores are scarce, the server goes first.",
     )
-    ring_mb: int = Field(256, ge=1, description="Host memory for captured states on their way to the trainer, in MiB.")
+    ring_mb: int | None = Field(
+        None,
+        ge=1,
+        description="Host memory of each exporting rank for captured states on their way to the trainer, in MiB. "
+        "Unset: room for four of the longest prefill passes, 256 to 8192.",
+    )
     capture_sample: float = Field(
         1.0,
         gt=0,
@@ -237,6 +243,10 @@ class Run(Job):
     def travel_dtype(self) -> str:
         """Of states on their way, as ``contracts.spans.TensorLayout`` names it."""
         return self.served_dtype if self.settings.capture_dtype == "served" else self.settings.capture_dtype
+
+    @property
+    def most_ring_bytes(self) -> int:
+        return (self.settings.ring_mb or _MOST_RING_MB) << 20
 
     def alias(self, rid: str) -> str:
         """What a request is called in the stream: ids are often made of what a user should keep."""

@@ -23,8 +23,6 @@ from trainer.resume import StreamPosition
 
 logger = logging.getLogger(__name__)
 
-_LEAST_FRAME_MB = 64  # a header holds the tokens of cached prefixes, whatever the ring
-
 
 class Feed:
     """Reads the server's stream, alone, until it is closed.
@@ -63,14 +61,14 @@ class Feed:
         )
         vocab_size, hidden_size = target.embed_VH.shape
         expected = Expected(hidden_size, vocab_size, run.travel_dtype)
-        max_frame_bytes = max(run.settings.ring_mb, _LEAST_FRAME_MB) << 20
         self._far, self._door = stream.far, stream.far and stream.far.open_door()
         endpoint = self._far.spans_endpoint if self._far else run.spans_endpoint
         self._is_heard = True
         self._unsaid: deque[control.VersionReady] = deque()  # of versions that are on the server's machine
         try:
             puller = self._far and self._far.puller
-            self.inbox = Inbox(endpoint, self._assembler, self.ledger, expected, max_frame_bytes, self._door, puller)
+            reads_into = (self._assembler, self.ledger, expected)
+            self.inbox = Inbox(endpoint, *reads_into, self._door, puller, run.most_ring_bytes)
             self._outbox = stream.open_outbox(self._door)
             if self._far:
                 self._far.lease()

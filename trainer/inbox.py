@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 # What does not fit stays with the exporter, whose ring is bounded in bytes; here only messages are counted.
 _QUEUED_MESSAGES = 64
 _MOST_STREAMS = 4096  # lives of exporters
+_MOST_FRAME_BYTES = 64 << 20  # states come in pieces of 8 MiB; a header holds the tokens of cached prefixes
 _MOST_AT_ONCE = 1024  # messages, before the caller gets to do something else
 
 
@@ -29,9 +30,8 @@ class Inbox:
 
     Args:
         expected: the target whose states are taken (None: any); anything else is counted as malformed.
-        max_frame_bytes: the longest frame that is read at all; a peer that sends a longer one is disconnected.
         door: whom to let in, for an endpoint that other machines reach.
-        puller: pulls states from them where they offer it.
+        puller: pulls states from them where they offer it, out of rings of at most ``max_ring_bytes``.
 
     Raises:
         EndpointTaken: another process has bound it.
@@ -43,21 +43,21 @@ class Inbox:
         assembler: Assembler,
         ledger: TokenLedger,
         expected: Expected | None = None,
-        max_frame_bytes: int = 1 << 30,
         door: Door | None = None,
         puller: Puller | None = None,
+        max_ring_bytes: int = 1 << 30,
     ) -> None:
         self.malformed = 0
         self._assembler, self._ledger, self._expected = assembler, ledger, expected
         self._offers: dict[str, SegmentAddress | RemoteSegment] = {}  # by stream, the last one
         self._segments: dict[str, OpenSegment | PulledSegment] = {}
         self._unshared = False
-        self._is_far, self._puller, self._max_bytes = door is not None, puller, max_frame_bytes
+        self._is_far, self._puller, self._max_ring_bytes = door is not None, puller, max_ring_bytes
         self._lock = None if door else lock_endpoint(endpoint)
         self._context = door.context if door else zmq.Context()
         self._socket = self._context.socket(zmq.PULL)
         self._socket.setsockopt(zmq.RCVHWM, _QUEUED_MESSAGES)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, max_frame_bytes)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, _MOST_FRAME_BYTES)  # a peer that sends a longer one is disconnected
         if door:
             door.bind(self._socket, endpoint)
         else:
@@ -122,8 +122,8 @@ class Inbox:
             self._unshared = True
 
     def _pull(self, remote: RemoteSegment) -> PulledSegment:
-        if remote.nbytes > self._max_bytes:
-            raise SegmentRefused(f"a ring of {remote.nbytes:,} bytes, where at most {self._max_bytes:,} are expected")
+        if remote.nbytes > self._max_ring_bytes:
+            raise SegmentRefused(f"a ring of {remote.nbytes:,} bytes, where at most {self._max_ring_bytes:,} may come")
         return self._puller.open(remote)
 
     def _let_go(self) -> None:

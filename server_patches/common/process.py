@@ -12,11 +12,12 @@ import torch
 from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
-from sglang.srt.runtime_context import get_parallel
+from sglang.srt.runtime_context import get_parallel, get_schedule
 
 from server_patches.common.consent import OPT_KEY, SLICE_KEY, asked
 from server_patches.common.draft_weights import LiveDraft
 from server_patches.common.drafting import Switch
+from sglang_specforge.contracts import coding
 from sglang_specforge.draft_bank import DraftBank
 from sglang_specforge.export.admission import Admission
 from sglang_specforge.export.entry import HostCopier
@@ -26,6 +27,7 @@ from sglang_specforge.pull import Puller
 from sglang_specforge.settings import Run
 
 _LONGEST_SLICE = 64  # characters
+_PASSES_HELD, _LEAST_RING_BYTES = 4, 256 << 20  # by a ring whose size nobody gave
 
 
 @dataclass
@@ -66,7 +68,7 @@ def attach(
     if get_parallel().attn_tp_rank == 0:
         device = torch.device(worker.device)
         settings = run.settings
-        ring = HostRing(settings.ring_mb << 20, pinned=device.type == "cuda")
+        ring = HostRing(_ring_bytes(run, worker.target_worker.model_runner.model_config), pinned=device.type == "cuda")
         max_bytes_s = settings.capture_max_mb_s and settings.capture_max_mb_s * (1 << 20)
         describe = partial(_Served, run=run)
         admission = Admission(ring, describe, settings.capture_sample, max_bytes_s)
@@ -80,6 +82,15 @@ def attach(
         switch = Switch(worker.speculative_num_steps)
         install(worker, switch)
     this = DraftTraining(run, bank, exporter, copier, switch)
+
+
+def _ring_bytes(run: Run, target: Any) -> int:
+    if run.settings.ring_mb is not None:
+        return run.most_ring_bytes
+    chunk = get_schedule().chunked_prefill_size or 0
+    longest = chunk if chunk > 0 else target.context_len  # not positive: prompts are not cut
+    row_bytes = coding.target_row_bytes(target.hidden_size, run.served_dtype, run.settings.capture_dtype)
+    return min(max(_LEAST_RING_BYTES, _PASSES_HELD * longest * row_bytes), run.most_ring_bytes)
 
 
 class _Served:

@@ -77,4 +77,5 @@ COMMON: tuple[Seam, ...] = (
     Members(f"{SCHEDULER}", ("forward_ct",), "read: the step of a swap"),
     Symbol("sglang.srt.constants.HEALTH_CHECK_RID_PREFIX", "compared: health checks are not captured"),
     Symbol("sglang.srt.runtime_context.get_parallel", "called: ranks and their groups"),
+    Symbol("sglang.srt.runtime_context.get_schedule", "called: the longest prefill pass, which the ring has room for"),
 )

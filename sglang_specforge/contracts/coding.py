@@ -42,6 +42,12 @@ def unpack(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return rows.to(dtype or rows.dtype, copy=True)
 
 
+def target_row_bytes(hidden_size: int, served_dtype: str, travel: Travel) -> int:
+    """Of all that is captured of a token: three layers' states and the last."""
+    widths, dtype = (3 * hidden_size, hidden_size), getattr(torch, served_dtype)
+    return sum(row_bytes(torch.empty(0, width, dtype=dtype, device="meta"), travel) for width in widths)
+
+
 def row_bytes(states_NW: Tensor, travel: Travel) -> int:
     """Of a packed row."""
     width = states_NW.shape[-1]

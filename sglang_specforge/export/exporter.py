@@ -89,6 +89,7 @@ class Exporter:
             "passes": self._passes,
             "scheduler_s": self._scheduler_s,  # taken from the scheduler thread by all these passes
             "queued_passes": self._entries.qsize(),
+            "ring_bytes": self.ring.capacity_bytes,
             "ring_used_bytes": self.ring.used_bytes,
             **self._link.status(),
             "failure": self.failure,
