@@ -37,9 +37,8 @@ class ServerProcess:
         device = device or os.environ.get(DEVICE_VARIABLE, "cpu")
         if device == "cpu":
             environment = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
-            ranks = tp if "--enable-dp-attention" in arguments else tp * dp
-            if ranks > 1:
-                environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(ranks)))
+            if tp * dp > 1:
+                environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(tp * dp)))
         given = shlex.split(os.environ.get(FLAGS_VARIABLE, ""))
         arguments = ["--device", device, "--tp-size", tp, "--dp-size", dp, *arguments, *given]
         self.url, self.log = f"http://127.0.0.1:{port}", log

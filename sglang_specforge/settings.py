@@ -236,7 +236,7 @@ class Run(Job):
     spans_endpoint: str = Field(description="ZMQ endpoint that the trainer binds for captured spans.")
     control_endpoint: str = Field(description="ZMQ endpoint that the server binds for the trainer's messages.")
     disaggregation: Literal["null", "prefill", "decode"] = Field("null", description="SGLang's --disaggregation-mode.")
-    replicas: int = Field(1, ge=1, description="SGLang's --dp-size.")
+    replicas: int = Field(1, ge=1, description="SGLang's --dp-size, or --attn-dp-size.")
     salt: str = Field(default_factory=lambda: secrets.token_hex(16), description="Of request ids in the stream.")
 
     @property

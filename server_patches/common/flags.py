@@ -93,7 +93,7 @@ def _start_run(args: argparse.Namespace, settings: DraftTrainingSettings) -> Non
         spans_endpoint=f"ipc://{sockets}/spans",
         control_endpoint=f"ipc://{sockets}/control",
         disaggregation=_disaggregation(args),
-        replicas=getattr(args, "dp_size", None) or 1,
+        replicas=(args.dp_size or 1) * _attention_groups(args),
         overrides=_overrides(args),
     ).export()
     apply_run_hooks()
@@ -169,7 +169,7 @@ def _settle_device(args: argparse.Namespace, settings: DraftTrainingSettings) ->
     if settings.trainer_device != "auto":
         return settings
     there = 0 if args.device == "cpu" else torch.cuda.device_count()
-    ranks = (args.tp_size or 1) * (1 if args.enable_dp_attention else args.dp_size or 1)
+    ranks = (args.tp_size or 1) * (1 if _has_old_dp_attention(args) else args.dp_size or 1)
     first = args.base_gpu_id + args.gpu_id_step * (ranks - 1) + 1
     device = f"cuda:{first}" if first + settings.trainer_processes <= there else "cpu"
     if there and device == "cpu":
@@ -186,7 +186,8 @@ def _settle_drafting(args: argparse.Namespace, settings: DraftTrainingSettings) 
     """``always`` where SGLang cannot switch drafting off, and nobody asked for it. Raises SettingsError."""
     cannot = {
         "--speculative-eagle-topk": (getattr(args, "speculative_eagle_topk", None) or 1) > 1,
-        "--enable-dp-attention": getattr(args, "enable_dp_attention", False),
+        "--attn-dp-size": _attention_groups(args) > 1,
+        "--enable-dp-attention": _has_old_dp_attention(args),
         "--enable-lora": getattr(args, "enable_lora", False),
         "--lora-paths": getattr(args, "lora_paths", None),
         "--enable-hisparse": getattr(args, "enable_hisparse", False),
@@ -202,6 +203,16 @@ def _settle_drafting(args: argparse.Namespace, settings: DraftTrainingSettings) 
         )
     print(f"draft training: every step drafts (--draft-drafting always), because of {why}", file=sys.stderr)
     return settings.model_copy(update={"drafting": "always"})
+
+
+def _attention_groups(args: argparse.Namespace) -> int:
+    """Of DP attention, within the TP group."""
+    return getattr(args, "attn_dp_size", None) or 1  # not in 0.5.17
+
+
+def _has_old_dp_attention(args: argparse.Namespace) -> bool:
+    """``--dp-size`` is the number of its groups then."""
+    return getattr(args, "enable_dp_attention", False)
 
 
 def _overrides(args: argparse.Namespace) -> dict[str, Any]:

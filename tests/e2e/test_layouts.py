@@ -144,8 +144,9 @@ def test_experts_in_parallel(start, reference, moe):
 
 def test_data_parallel_attention(start, reference, moe):
     expected = reference(moe)
-    client = start("--dtype", "float32", NO_CACHE, "--enable-dp-attention", training=STEADY, model=moe, tp=2, dp=2)
+    client = start("--dtype", "float32", NO_CACHE, "--attn-dp-size", 2, training=STEADY, model=moe, tp=2)
     status = run_loop(client, expected)
     assert len({export["stream"] for export in status["export"]}) == 2
     assert min(export["captured"] for export in status["export"]) > 0.2 * status["tokens"]["captured"]
     assert status["trainer"]["parity"]["agreed"] == status["trainer"]["parity"]["compared"]
+    assert status["draft"]["drafting"]["mode"] == "always"  # SGLang cannot switch it off there

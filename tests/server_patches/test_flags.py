@@ -133,6 +133,8 @@ def test_where_drafting_cannot_be_switched_off_it_never_is_and_that_is_said(pars
 
     assert settled() == "auto"
     assert "every step drafts" not in capsys.readouterr().err
+    assert settled("--attn-dp-size", "2") == settled("--dp-size", "2", "--enable-dp-attention") == "always"
+    assert settled("--dp-size", "2") == "auto"
     assert settled("--speculative-eagle-topk", "4") == "always"
     assert "every step drafts (--draft-drafting always), because of --speculative-eagle-topk" in capsys.readouterr().err
 
@@ -145,6 +147,7 @@ def test_where_drafting_cannot_be_switched_off_it_never_is_and_that_is_said(pars
         (2, [], "cuda:1"),
         (8, ["--tp-size", "2", "--dp-size", "2"], "cuda:4"),
         (8, ["--tp-size", "4", "--dp-size", "4", "--enable-dp-attention"], "cuda:4"),
+        (8, ["--tp-size", "4", "--attn-dp-size", "4"], "cuda:4"),
         (8, ["--base-gpu-id", "1", "--gpu-id-step", "2", "--tp-size", "2"], "cuda:4"),
         (8, ["--tp-size", "6", "--draft-training-trainer-processes", "2"], "cuda:6"),
         (8, ["--tp-size", "7", "--draft-training-trainer-processes", "2"], "cpu"),
