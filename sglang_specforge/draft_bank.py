@@ -22,6 +22,7 @@ class SwappableDraft(Protocol):
     def load_shadows(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]: ...
     def copy_in(self, shadows: dict[str, torch.Tensor]) -> None: ...
     def copy_out(self) -> dict[str, torch.Tensor]: ...
+    def release(self, shadows: dict[str, torch.Tensor]) -> None: ...
 
 
 class DraftBank:
@@ -50,7 +51,8 @@ class DraftBank:
 
     def evict(self, version: int) -> None:
         """Forget a version, whether it is resident or not."""
-        self._resident.pop(version, None)
+        if (shadows := self._resident.pop(version, None)) is not None:
+            self._live.release(shadows)
 
     def is_resident(self, version: int) -> bool:
         return version in self._resident or version == self.active_version

@@ -18,12 +18,14 @@ _SHARED = ("embed_tokens",)
 class LiveDraft:
     """The draft of an ``EAGLEWorkerV2`` on this rank, sharded as SGLang sharded it."""
 
-    def __init__(self, worker: Any, place: BankPlace) -> None:
+    def __init__(self, worker: Any, place: BankPlace, slots: int) -> None:
         self._worker = worker.draft_worker
         self._model = self._worker.draft_runner.model
         self._place = place
         self._device = torch.get_device_module(worker.device)
         self._forward_stream = worker.target_worker.model_runner.forward_stream
+        self._copied: torch.cuda.Event | None = None  # of the last swap, on a GPU
+        self._free = [self._new_room() for _ in range(slots)]  # now: SGLang's KV cache takes what memory is left
 
     def load_shadows(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Shadows:
         """This rank's part of a checkpoint in the bank's memory, in the live parameters' layout.
@@ -31,27 +33,52 @@ class LiveDraft:
         ``LlamaForCausalLMEagle3.load_weights`` runs on stand-ins for the live parameters, so stacking and TP
         sharding are SGLang's. Safe beside serving: it only reads the live model's shapes.
         """
-        with torch.cuda.device_of(next(self._model.parameters())):  # a thread begins on the first GPU, whose ever it is
-            stand_in = _StandIn((name, p, self._room_for(p.data)) for name, p in self._swappable())
-            type(self._model).load_weights(stand_in, tensors)
-            shadows = {name: p.data for name, p in stand_in.parameters.items()}
-            live, new = self._worker.hot_token_id, stand_in.hot_token_id
-            if live is not None and new is not None:
-                shadows["hot_token_id"] = self._room_for(live).copy_(new)
-            return shadows
+        room = self._take_room()
+        try:
+            # A thread begins on the first GPU, whosever it is.
+            with torch.cuda.device_of(next(self._model.parameters())):
+                if self._copied is not None:
+                    self._copied.synchronize()
+                stand_in = _StandIn((name, p, room[name]) for name, p in self._swappable())
+                type(self._model).load_weights(stand_in, tensors)
+                room |= {name: p.data for name, p in stand_in.parameters.items()}
+                live, new = self._worker.hot_token_id, stand_in.hot_token_id
+                if live is not None and new is not None:
+                    room["hot_token_id"] = self._room_for(live).copy_(new)
+        except Exception:
+            self.release(room)
+            raise
+        return room
+
+    def release(self, shadows: Shadows) -> None:
+        """Nobody needs what they hold; their memory is kept for the next."""
+        self._free.append(shadows)
 
     def copy_in(self, shadows: Shadows) -> None:
         """Make the shadows the live weights; between two steps only."""
         # With overlap, the step before is still under way, on a stream that this one need not be behind.
-        self._device.current_stream().wait_stream(self._forward_stream)
+        stream = self._device.current_stream()
+        stream.wait_stream(self._forward_stream)
         live = self._live()
         names = [name for name in live if name in shadows]
         with torch.no_grad():
             torch._foreach_copy_([live[n] for n in names], [shadows[n] for n in names], non_blocking=True)
+        if self._device is torch.cuda:
+            self._copied = stream.record_event()
 
     def copy_out(self) -> Shadows:
         """The live weights, in memory of their own."""
-        return {name: self._room_for(tensor).copy_(tensor) for name, tensor in self._live().items()}
+        room = self._take_room()
+        for name, tensor in self._live().items():
+            room[name] = (room[name] if name in room else self._room_for(tensor)).copy_(tensor)
+        return room
+
+    def _take_room(self) -> Shadows:
+        return self._free.pop() if self._free else self._new_room()
+
+    def _new_room(self) -> Shadows:
+        """For all but the token map, which is small, and not there yet when the first ones are made."""
+        return {name: self._room_for(p.data) for name, p in self._swappable()}
 
     def _room_for(self, tensor: torch.Tensor) -> torch.Tensor:
         """Of the bank's memory, for a tensor of the device."""

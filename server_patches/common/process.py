@@ -76,7 +76,7 @@ def attach(
         exporter = Exporter(run.spans_endpoint, ring, admission, puller)
         copier = HostCopier(ring, device)
         exporter.start()
-    bank = DraftBank(LiveDraft(worker, run.settings.bank_on), run, replica)
+    bank = DraftBank(LiveDraft(worker, run.settings.bank_on, run.settings.bank_slots), run, replica)
     switch = None
     if run.settings.drafting != "always":
         switch = Switch(worker.speculative_num_steps)
