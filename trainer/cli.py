@@ -136,7 +136,10 @@ def _starting_draft(settings: OfflineSettings, target: Path, samples: StoredSamp
     if dist.get_rank() == 0:
         given = settings.draft and resolve_target(str(settings.draft))
         if (draft / "config.json").exists():
-            check_begun_from(given, draft, target, settings) if given else check_made_with(draft, settings)
+            if given:
+                check_begun_from(given, draft, target, settings)
+            else:
+                check_made_with(draft, settings)
         elif given:
             import_draft(given, target, draft)
         else:

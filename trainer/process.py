@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator
 import torch
 import torch.distributed as dist
 
+from sglang_specforge.gpus import first_idle
 from sglang_specforge.settings import Settings
 from sglang_specforge.training_settings import TrainingSettings
 
 logger = logging.getLogger(__name__)
-
-_IDLE = 0.1  # share of a GPU's memory that is in use at most
 
 
 def settle_device(settings: Settings) -> Settings:
@@ -22,20 +21,16 @@ def settle_device(settings: Settings) -> Settings:
     if settings.trainer_device != "auto":
         return settings
     processes, there = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    # Of several processes, one would see what another has begun to use.
-    idle = [gpu for gpu in range(there) if processes > 1 or _is_idle(gpu)]
-    device = f"cuda:{idle[0]}" if len(idle) >= processes else "cpu"
-    if there and device == "cpu":
+    first = 0 if 1 < processes <= there else None  # unseen: one would see what another has begun to use
+    if processes == 1:
+        first = first_idle(1)
+    if there and first is None:
         logger.warning(
-            "draft training: the trainer computes on the CPU: of %d GPU(s), %d are idle, and %d are needed; "
+            "draft training: the trainer computes on the CPU: of %d GPU(s), %d would have to be idle; "
             "--trainer-device cuda:0 shares one",
-            *(there, len(idle), processes),
+            *(there, processes),
         )
-    return settings.model_copy(update={"trainer_device": device})
-
-
-def _is_idle(gpu: int) -> bool:
-    return torch.cuda.device_memory_used(gpu) <= _IDLE * torch.cuda.get_device_properties(gpu).total_memory
+    return settings.model_copy(update={"trainer_device": "cpu" if first is None else f"cuda:{first}"})
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from server_patches.common.launcher import apply_run_hooks
 from server_patches.supported import check
 from server_patches.targets import IncompatibleSGLang
 from sglang_specforge.checkpoint import FINGERPRINT_KEY, CheckpointError, load_config
+from sglang_specforge.gpus import first_idle
 from sglang_specforge.new_draft import check_made_with, import_draft, init_draft
 from sglang_specforge.settings import (
     DraftTrainingSettings,
@@ -165,21 +166,21 @@ def _refuse_contradictions(args: argparse.Namespace, settings: DraftTrainingSett
 
 
 def _settle_device(args: argparse.Namespace, settings: DraftTrainingSettings) -> DraftTrainingSettings:
-    """``auto``: the GPUs after those that the server takes, or else the CPU."""
+    """``auto``: idle GPUs after those that the server takes, or else the CPU."""
     if settings.trainer_device != "auto":
         return settings
-    there = 0 if args.device == "cpu" else torch.cuda.device_count()
+    there, processes = 0 if args.device == "cpu" else torch.cuda.device_count(), settings.trainer_processes
     ranks = (args.tp_size or 1) * (1 if _has_old_dp_attention(args) else args.dp_size or 1)
-    first = args.base_gpu_id + args.gpu_id_step * (ranks - 1) + 1
-    device = f"cuda:{first}" if first + settings.trainer_processes <= there else "cpu"
-    if there and device == "cpu":
+    taken = args.base_gpu_id + args.gpu_id_step * (ranks - 1) + 1
+    first = first_idle(processes, taken) if there else None
+    if there and first is None:
         print(
-            f"draft training: the trainer computes on the CPU: of {there} GPU(s), the server takes those before "
-            f"{first}, and {settings.trainer_processes} more are needed; --draft-training-trainer-device cuda:0 shares "
-            "one (with a lower --mem-fraction-static)",
+            f"draft training: the trainer computes on the CPU: of {there} GPU(s), {processes} after the server's (the "
+            f"first {taken}) would have to be idle; --draft-training-trainer-device cuda:0 shares one of the server's "
+            "(with a lower --mem-fraction-static)",
             file=sys.stderr,
         )
-    return settings.model_copy(update={"trainer_device": device})
+    return settings.model_copy(update={"trainer_device": "cpu" if first is None else f"cuda:{first}"})
 
 
 def _settle_drafting(args: argparse.Namespace, settings: DraftTrainingSettings) -> DraftTrainingSettings:

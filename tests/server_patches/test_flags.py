@@ -139,12 +139,17 @@ def test_where_drafting_cannot_be_switched_off_it_never_is_and_that_is_said(pars
     assert "every step drafts (--draft-drafting always), because of --speculative-eagle-topk" in capsys.readouterr().err
 
 
+BUSY = 5  # a GPU that somebody else uses
+
+
 @pytest.mark.parametrize(
     ("there", "arguments", "device"),
     [
         (0, [], "cpu"),
         (1, [], "cpu"),
         (2, [], "cuda:1"),
+        (7, ["--tp-size", "5"], "cuda:6"),
+        (6, ["--tp-size", "5"], "cpu"),
         (8, ["--tp-size", "2", "--dp-size", "2"], "cuda:4"),
         (8, ["--tp-size", "4", "--dp-size", "4", "--enable-dp-attention"], "cuda:4"),
         (8, ["--tp-size", "4", "--attn-dp-size", "4"], "cuda:4"),
@@ -152,6 +157,7 @@ def test_where_drafting_cannot_be_switched_off_it_never_is_and_that_is_said(pars
         (8, ["--tp-size", "6", "--draft-training-trainer-processes", "2"], "cuda:6"),
         (8, ["--tp-size", "7", "--draft-training-trainer-processes", "2"], "cpu"),
         (8, ["--tp-size", "8", "--draft-training-trainer-device", "cuda:3"], "cuda:3"),
+        (2, ["--draft-training-trainer-processes", "4"], "cpu"),
         (8, ["--device", "cpu"], "cpu"),
     ],
 )
@@ -159,6 +165,7 @@ def test_the_trainer_has_the_gpus_that_the_server_leaves_or_says_that_there_are_
     parser, monkeypatch, capsys, there, arguments, device
 ):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    monkeypatch.setattr(torch.cuda, "device_memory_used", lambda gpu: 1 << 30 if gpu != BUSY else 70 << 30)
     args = parser.parse_args(["--model-path", "unused", *arguments])
     given = given_settings(args, DraftTrainingSettings, "draft_training_")
     settings = flags._settle_device(args, load_settings(DraftTrainingSettings, given, None))

@@ -1,7 +1,5 @@
 """Where a trainer computes, when nobody says."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -31,7 +29,6 @@ def test_it_is_an_idle_gpu_or_the_cpu_and_what_was_asked_for_stays(
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(used_gib))
     monkeypatch.setattr(torch.cuda, "device_memory_used", lambda gpu: used_gib[gpu] * GIB)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda gpu: SimpleNamespace(total_memory=80 * GIB))
     assert settle_device(TrainingSettings(trainer_device=asked)).trainer_device == device
     assert ("computes on the CPU" in caplog.text) == (asked == "auto" and device == "cpu" and bool(used_gib))
 
@@ -41,3 +38,12 @@ def test_several_processes_need_as_many_gpus_from_the_first_one_on(monkeypatch):
     check_machine(TrainingSettings(trainer_device="cuda:2"), 2)
     with pytest.raises(SettingsError, match="needs 5 GPU"):
         check_machine(TrainingSettings(trainer_device="cuda:2"), 3)
+
+
+def test_a_driver_that_does_not_say_what_is_in_use_is_no_obstacle(monkeypatch):
+    def refuse(gpu):
+        raise RuntimeError("NVML not supported")
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device_memory_used", refuse)
+    assert settle_device(TrainingSettings()).trainer_device == "cpu"
