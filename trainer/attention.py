@@ -20,6 +20,7 @@ from trainer.fused import fusable, wide
 from trainer.roots import Roots
 
 _BLOCK = 128  # rows of a block of flex_attention's masks
+_FEW_ROWS = 256  # of so few in bfloat16, PyTorch's gradient on a CPU takes two to four times as long as in float32
 
 
 def attend(q_QLP: Tensor, keys: list[Tensor], values: list[Tensor], roots: Roots) -> Tensor:
@@ -137,6 +138,9 @@ def _flash_grads(
     grad_GRTP: Tensor, q_GRTP: Tensor, out_GRTP: Tensor, lse_GRT: Tensor, k_GSP: Tensor, v_GSP: Tensor, causal: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, of what these keys gave to an output over them and others."""
+    if q_GRTP.shape[2] <= _FEW_ROWS:
+        inputs = (grad_GRTP, q_GRTP, out_GRTP, k_GSP, v_GSP)
+        grad_GRTP, q_GRTP, out_GRTP, k_GSP, v_GSP = (t.to(wide(t.dtype)) for t in inputs)
     given = (grad_GRTP, q_GRTP, *_for_queries(q_GRTP, k_GSP, v_GSP), out_GRTP, lse_GRT)
     dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         *given, 0.0, causal, scale=q_GRTP.shape[-1] ** -0.5

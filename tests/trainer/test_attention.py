@@ -68,6 +68,20 @@ def test_output_and_gradients(attend, steps, which):
         torch.testing.assert_close(g, w, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("rows", [40, 300])  # the gradient of short runs goes another way
+def test_bfloat16_is_rounded_and_no_more(rows):
+    torch.manual_seed(rows)
+    roots = Roots([Run(0, 0, rows), Run(rows, rows + 20, 2 * rows)], 2 * rows, CPU)
+    q, *chain = (torch.randn(n, 2 * rows if i in (1, 3) else roots.count, P) for i, n in enumerate((G * R, G, G, G, G)))
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        q_QLP, *pairs = (t.bfloat16().to(dtype).requires_grad_() for t in (q, *chain))
+        out = attend_by_flash(q_QLP.unflatten(0, (G, R)), pairs[:2], pairs[2:], roots)
+        found.append([out, *torch.autograd.grad(out.square().sum(), [q_QLP, *pairs])])
+    for low, wanted in zip(*found, strict=True):
+        assert (low - wanted).norm() < 0.02 * wanted.norm()
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("steps", [1, 4])
 @pytest.mark.parametrize("which", ROOTS)
