@@ -45,7 +45,8 @@ def check_machine(settings: TrainingSettings, processes: int) -> None:
     """``processes``: of the trainer on this machine.
 
     Raises:
-        SettingsError: this machine lacks a GPU that is asked for, or the compiler that ``compile`` needs.
+        SettingsError: this machine lacks a GPU that is asked for or that ``cpu_offload`` is about, or the compiler that
+            ``compile`` needs.
     """
     compiler = os.environ.get("CXX", "g++")  # the one that torch's own code generator calls
     if settings.compile and not shutil.which(compiler):
@@ -55,6 +56,8 @@ def check_machine(settings: TrainingSettings, processes: int) -> None:
         )
     kind, _, index = settings.trainer_device.partition(":")
     if kind != "cuda":
+        if settings.cpu_offload:
+            raise SettingsError("draft training setting 'cpu_offload' is for a trainer on a GPU, not the CPU")
         return
     from torch import cuda
 

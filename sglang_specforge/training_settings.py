@@ -116,8 +116,6 @@ class TrainingSettings(BaseModel):
 
     @model_validator(mode="after")
     def _check_training(self) -> "TrainingSettings":
-        if self.cpu_offload and self.trainer_device == "cpu":
-            raise ValueError("cpu_offload is for a trainer_device that is not the cpu")
         if self.ttt_weights is not None and len(self.ttt_weights) != self.ttt_steps:
             raise ValueError(f"ttt_weights has {len(self.ttt_weights)} weights for ttt_steps = {self.ttt_steps}")
         return self

@@ -58,12 +58,11 @@ class Learner:
         self.target = load_target(job, dtype, device)
         self.draft.checkpoints_activations = self._settings.activation_checkpointing
         fuse(self._settings.compile)
-        offloads = self._settings.cpu_offload and device.type != "cpu"
         fully_shard(
             self.draft,
             mesh=init_device_mesh(device.type, (dist.get_world_size(),)),
             mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
-            offload_policy=CPUOffloadPolicy() if offloads else OffloadPolicy(),
+            offload_policy=CPUOffloadPolicy() if self._settings.cpu_offload else OffloadPolicy(),
         )
         self.optimizers = make_optimizers(self.draft, self._settings)
         self._peak_flops = peak_flops(device, dtype)

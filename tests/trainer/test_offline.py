@@ -203,7 +203,7 @@ def test_versions_best_and_the_draft_vocabulary_of_the_data(tmp_path, data, caps
     [
         ({}, "dataset.json cannot be read"),
         ({"objective": "mse"}, "'objective' = 'mse' is not accepted"),
-        ({"cpu_offload": "true"}, "cpu_offload is for"),
+        ({"cpu_offload": "true"}, "'cpu_offload' is for a trainer on a GPU"),
         ({"slice_weights": "code=0"}, "the weight of slice 'code' is 0.0"),
         ({"draft_topk": 2, "draft_tokens": 99}, "such a tree has 2 to 11"),
     ],
