@@ -1,6 +1,7 @@
 import asyncio
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,7 +20,8 @@ def supervised(monkeypatch):
         children.append(subprocess.Popen(command, stdout=subprocess.PIPE))
         children[-1].stdout.readline()
         monkeypatch.setattr(supervisor.TrainerSupervisor, "_spawn", lambda self: children[-1])
-        return supervisor.TrainerSupervisor(run=None)
+        run = SimpleNamespace(settings=SimpleNamespace(trainer_device="cpu"))
+        return supervisor.TrainerSupervisor(run)
 
     children = []
     yield supervise
