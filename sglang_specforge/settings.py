@@ -249,6 +249,7 @@ class Run(Job):
 
     @property
     def most_ring_bytes(self) -> int:
+        """What the ring has, or at most where nobody gave its size."""
         return (self.settings.ring_mb or _MOST_RING_MB) << 20
 
     def alias(self, rid: str) -> str:

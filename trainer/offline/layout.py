@@ -14,7 +14,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from sglang_specforge.contracts.coding import FLOAT8, from_float8, to_float8
+from sglang_specforge.contracts.coding import FLOAT8, from_float8, target_row_bytes, to_float8
 
 Stored = Literal["bfloat16", "float32", "float8"]
 _FORMAT = 2
@@ -48,8 +48,8 @@ class Manifest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     @property
     def row_bytes(self) -> int:
         """Bytes of one token: token id, loss mask, aux and last hidden states and, for float8, their two scales."""
-        width = {"bfloat16": 2, "float32": 4, "float8": 1}[self.stored]
-        return 4 + 1 + 4 * self.hidden_size * width + (8 if self.stored == "float8" else 0)
+        travel = "served" if self.stored == "float32" else self.stored
+        return 4 + 1 + target_row_bytes(self.hidden_size, "float32", travel)
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
