@@ -1,11 +1,10 @@
 """Packed attention against a softmax written out for each row, with gradients, in float64."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
+from tests.trainer.plain_flex import plain_flex
 from trainer import attention
 from trainer.attention import attend_by_flash, attend_by_flex
 from trainer.roots import Roots, Run
@@ -36,16 +35,6 @@ def written_out(q, keys, values, roots):
             probs = (torch.einsum("grp,gsp->grs", q[:, :, at], seen_k) * P**-0.5).softmax(-1)
             outputs.append(torch.einsum("grs,gsp->grp", probs, seen_v))
     return torch.stack(outputs, 2)
-
-
-def plain_flex(q, k, v, block_mask, enable_gqa, return_aux):
-    """``flex_attention`` in plain matrices: PyTorch's has no backward on a CPU."""
-    repeats = q.shape[1] // k.shape[1]
-    k, v = (t.repeat_interleave(repeats, 1) for t in (k, v))
-    at, rows = torch.arange(q.shape[2]), torch.arange(k.shape[2])
-    seen = block_mask.mask_mod(torch.tensor(0), torch.tensor(0), at[:, None], rows[None])
-    scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~seen, float("-inf"))
-    return scores.softmax(-1) @ v, SimpleNamespace(lse=scores.logsumexp(-1))
 
 
 def by_plain_flex(q, keys, values, roots):
