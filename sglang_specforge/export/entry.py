@@ -125,7 +125,7 @@ def _layout(name: str, tensor: Tensor) -> TensorLayout:
 
 
 def _tokens(ids: Sequence[int]) -> bytes:
-    return np.asarray(ids, np.int32).tobytes()
+    return np.asarray(ids, np.int32).tobytes() if len(ids) else b""
 
 
 class HostCopier:
