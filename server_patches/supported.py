@@ -1,4 +1,4 @@
-"""The SGLang versions that are supported, and the support of the one that is installed."""
+"""The SGLang versions that are supported, from the first to the last, and the support of the one that is installed."""
 
 import sys
 from types import ModuleType
@@ -6,11 +6,11 @@ from types import ModuleType
 import sglang
 from packaging.version import Version
 
-from server_patches import v0_5_17, v0_5_22, v0_5_23
+from server_patches import v0_5_17, v0_5_20, v0_5_21, v0_5_22, v0_5_23
 from server_patches.targets import verify
 
-SUPPORTS = (v0_5_17, v0_5_22, v0_5_23)
-SUPPORTED = f"sglang {', '.join(support.VERSION for support in SUPPORTS)}"
+SUPPORTS = (v0_5_17, v0_5_20, v0_5_21, v0_5_22, v0_5_23)
+SUPPORTED = f"sglang {SUPPORTS[0].VERSION} to {SUPPORTS[-1].VERSION}"
 
 
 def support_of(version: str) -> ModuleType:

@@ -12,7 +12,8 @@ from sglang.srt.model_executor.cuda_graph_config import Backend
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from torch import Tensor
 
-from server_patches.cpu import v0_5_17
+from server_patches import supported, v0_5_17
+from server_patches.cpu import unscaled
 
 
 def register_hooks() -> None:
@@ -20,9 +21,10 @@ def register_hooks() -> None:
     # Set on the one module that chooses the attention backend: everywhere else AMX stays absent.
     if hasattr(overrides, "get_platform"):
         overrides.get_platform = _PlatformWithAMXKernels.of(overrides.get_platform)
-    else:  # 0.5.17
+    else:  # up to 0.5.18
         overrides.cpu_has_amx_support = lambda: True
-        v0_5_17.register_hooks()
+    if supported.installed() is v0_5_17:
+        unscaled.register_hooks()
     HookRegistry.register(
         "sglang.srt.distributed.device_communicators.pynccl_wrapper.NCCLLibrary.__init__", _no_nccl, HookType.BEFORE
     )

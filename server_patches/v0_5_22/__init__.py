@@ -11,7 +11,7 @@ VERSION = "0.5.22"
 _TARGET_WORKER = "sglang.srt.managers.tp_worker.TpModelWorker"
 _SENDER = "sglang.srt.managers.scheduler_components.output_sender.SenderWrapper"
 
-SHARED_WITH_0_5_17: tuple[Seam, ...] = (
+DOWN_TO_0_5_17: tuple[Seam, ...] = (
     Target(
         f"{LOGITS}.LogitsProcessor._get_hidden_states_to_store",
         ("self", "hidden_states", "aux_hidden_states", "logits_metadata"),
@@ -22,19 +22,19 @@ SHARED_WITH_0_5_17: tuple[Seam, ...] = (
     Target(f"{_SENDER}.send_output", ("self", "output", "recv_obj"), f"BEFORE: {ENDS}"),
     Symbol("sglang.srt.managers.io_struct.AbortReq", "compared: likewise"),
 )
-TARGETS: tuple[Seam, ...] = (*COMMON, *v0_5_23.SHARED_WITH_0_5_22, *SHARED_WITH_0_5_17)
+TARGETS: tuple[Seam, ...] = (*COMMON, *v0_5_23.DOWN_TO_0_5_22, *DOWN_TO_0_5_17)
 
 
 def register_scheduler_hooks() -> None:
     """Capture, swap and their counters."""
     from server_patches.v0_5_22 import worker
 
-    v0_5_23.register_hooks_shared_with_0_5_22()
-    register_hooks_shared_with_0_5_17()
+    v0_5_23.register_hooks_down_to_0_5_22()
+    register_hooks_down_to_0_5_17()
     HookRegistry.register(f"{WORKER}.__init__", worker.attach, HookType.AFTER)
 
 
-def register_hooks_shared_with_0_5_17() -> None:
+def register_hooks_down_to_0_5_17() -> None:
     from server_patches.v0_5_22 import packing, worker
 
     HookRegistry.register(f"{_TARGET_WORKER}.forward_batch_generation", packing.unpack, HookType.AFTER)

@@ -1,4 +1,4 @@
-"""What SGLang 0.5.22 and 0.5.17 do otherwise: last hidden states packed, control and answers by other ways."""
+"""What older versions of SGLang do otherwise: last hidden states packed, control and answers by other ways."""
 
 from types import SimpleNamespace
 
@@ -7,8 +7,8 @@ import torch
 
 from server_patches.common import outputs
 from server_patches.common.control import Order
-from server_patches.v0_5_17 import control
 from server_patches.v0_5_17.outputs import after_accept
+from server_patches.v0_5_21 import control
 from server_patches.v0_5_22 import packing
 
 

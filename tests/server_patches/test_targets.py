@@ -2,7 +2,7 @@
 
 import pytest
 
-from server_patches import supported, v0_5_17, v0_5_22, v0_5_23
+from server_patches import supported, v0_5_17, v0_5_20, v0_5_21, v0_5_22, v0_5_23
 from server_patches.targets import IncompatibleSGLang, Members, Target, verify
 
 
@@ -12,7 +12,15 @@ def test_every_target_is_as_expected():
 
 @pytest.mark.parametrize(
     ("version", "support"),
-    [("0.5.14", v0_5_17), ("0.5.17", v0_5_17), ("0.5.22.post1", v0_5_22), ("0.5.23", v0_5_23), ("0.6.0rc1", v0_5_23)],
+    [
+        ("0.5.14", v0_5_17),
+        ("0.5.19", v0_5_17),
+        ("0.5.20", v0_5_20),
+        ("0.5.21", v0_5_21),
+        ("0.5.22.post1", v0_5_22),
+        ("0.5.23", v0_5_23),
+        ("0.6.0rc1", v0_5_23),
+    ],
 )
 def test_a_version_gets_the_newest_support_that_is_not_newer(version, support):
     assert supported.support_of(version) is support

@@ -1,4 +1,4 @@
-"""SGLang 0.5.17's ``intel_amx`` attention backend on the portable kernels.
+"""The ``intel_amx`` attention backend of SGLang 0.5.17 to 0.5.19 on the portable kernels.
 
 It calls them without the scales of keys and values, and hands over lengths without the drafted tokens: its metadata has
 the right ones.
