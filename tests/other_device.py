@@ -61,6 +61,8 @@ class OtherDevice(TorchDispatchMode):
 def _run(op: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     there = [x for x in tensors if isinstance(x, Elsewhere)]
+    if any(x.device == OTHER for x in tensors if not isinstance(x, Elsewhere)):
+        raise NotImplementedError(f"{op}: PyTorch made a tensor there by itself, which has no values")
     asked = kwargs.get("device")
     if op is _aten.copy_.default:
         stays = isinstance(args[0], Elsewhere)
