@@ -43,7 +43,8 @@ class Elsewhere(Tensor):
 
 
 class OtherDevice(TorchDispatchMode):
-    """While it is entered, ``OTHER`` is a device. ``waits``: operations so far that waited for what it computes."""
+    """While it is entered, ``OTHER`` is a device. ``waits``: operations so far that waited for what it computes, as
+    copies either way do, but for those to it with ``non_blocking``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,8 +53,13 @@ class OtherDevice(TorchDispatchMode):
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         found = _run(op, args, kwargs)
-        read_back = op in _CROSSING and not isinstance(found, Elsewhere)
-        if (op in _WAITING or read_back) and any(isinstance(x, Elsewhere) for x in tree_leaves((args, kwargs))):
+        if op in _CROSSING:
+            source = args[1] if op is _aten.copy_.default else args[0]
+            at_once = isinstance(found, Elsewhere) and (kwargs.get("non_blocking") or args[2:3] == (True,))
+            waited = isinstance(source, Elsewhere) != isinstance(found, Elsewhere) and not at_once
+        else:
+            waited = op in _WAITING and isinstance(args[0], Elsewhere)
+        if waited:
             self.waits.append(str(op))
         return found
 

@@ -61,7 +61,8 @@ def _prefix_of(roots: Roots) -> BlockMask:
     """
     row_L = roots.row_L
     lengths = torch.tensor([end - start for _, start, end in roots.runs])
-    first_L = torch.tensor([first for first, _, _ in roots.runs]).repeat_interleave(lengths).to(roots.device)
+    first_L = torch.tensor([first for first, _, _ in roots.runs]).repeat_interleave(lengths)
+    first_L = first_L.to(roots.device, non_blocking=True)
 
     def attends(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (first_L[query] <= key) & (key <= row_L[query])

@@ -82,22 +82,22 @@ class Learner:
         rows_K, tokens_by_rank = counts[: settings.ttt_steps], counts[settings.ttt_steps :]
         goal = Goal.of(settings, rows_K, self.acceptance_K)
         set_learning_rates(self.optimizers, settings, self.step)
-        loss, flops, correct_K, rate_K = 0.0, 0, [0.0] * settings.ttt_steps, [0.0] * settings.ttt_steps
+        told: list[Tensor] = []  # of each pass; read at the end, so that a GPU is still at one while the next is packed
         for i, own in enumerate(passes):
             self.draft.set_requires_gradient_sync(i == len(passes) - 1)
             found = unroll(self.draft, self.target, pack(own or [self._idle_sample()], self._device), goal)
             # The loss is a mean over all processes' rows already; FSDP takes the mean over processes once more.
             (found.loss * dist.get_world_size()).backward()
-            loss, flops = loss + found.loss.item(), flops + found.flops
-            correct_K = [c + k for c, k in zip(correct_K, found.correct_K.tolist(), strict=True)]
-            rate_K = [r + k for r, k in zip(rate_K, found.rate_K.tolist(), strict=True)]
+            flops = found.correct_K.new_full((), found.flops)
+            sums = (found.loss.detach(), flops, found.correct_K, found.rate_K)
+            told.append(torch.hstack([value.double() for value in sums]))
         norm = nn.utils.clip_grad_norm_(self.draft.parameters(), settings.grad_clip).full_tensor()
         for optimizer in self.optimizers:
             if norm.isfinite():
                 optimizer.step()
             optimizer.zero_grad()
         self.step += 1
-        loss, flops, *sums = self._summed([loss, flops, *correct_K, *rate_K])
+        loss, flops, *sums = self._summed(torch.stack(told).sum(0))
         shares = [s / max(1, rows) for s, rows in zip(sums, 2 * rows_K, strict=True)]
         accuracy_K, self.acceptance_K = shares[: settings.ttt_steps], shares[settings.ttt_steps :]
         mfu = None
@@ -131,8 +131,9 @@ class Learner:
         tensors = get_model_state_dict(self.draft, options=options)
         return {n: t.to(dtype).contiguous() if t.is_floating_point() else t for n, t in tensors.items()}
 
-    def _summed(self, values: list[float]) -> list[float]:
-        total = torch.tensor(values, dtype=torch.float64, device=self._device)
+    def _summed(self, values: list[int] | Tensor) -> list[float]:
+        """Over all processes."""
+        total = torch.as_tensor(values, dtype=torch.float64, device=self._device)
         dist.all_reduce(total)
         return total.tolist()
 

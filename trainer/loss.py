@@ -181,7 +181,7 @@ class _ChunkedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         steps, dtype = len(hidden_KLH), wide(head_DH.dtype)
         given_2K = torch.tensor([goal.weights_K, goal.kl_weights_K], dtype=torch.float64)
-        weight_K, kl_weight_K = given_2K.to(head_DH.device, dtype)
+        weight_K, kl_weight_K = given_2K.to(head_DH.device, dtype, non_blocking=True)
         loss, rate_K = head_DH.new_zeros((), dtype=dtype), head_DH.new_zeros(steps, dtype=dtype)
         correct_K = torch.zeros(steps, dtype=torch.int64, device=head_DH.device)
         grad_head_DH = torch.zeros_like(head_DH, dtype=dtype)

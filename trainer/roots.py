@@ -70,7 +70,8 @@ class Roots:
 
 def rows_of(runs: Sequence[Run], device: torch.device) -> Tensor:
     """Their rows one by one, int64."""
-    return torch.cat([torch.arange(0), *(torch.arange(start, end) for _, start, end in runs)]).to(device)
+    row_M = torch.cat([torch.arange(0), *(torch.arange(start, end) for _, start, end in runs)])
+    return row_M.to(device, non_blocking=True)
 
 
 def runs_of(is_in_N: Tensor) -> Runs:

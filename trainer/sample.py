@@ -62,10 +62,10 @@ def pack(samples: list[Sample], device: torch.device) -> Pack:
     rows = [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
 
     def per_row(values: list[int]) -> Tensor:
-        return torch.tensor(values).repeat_interleave(torch.tensor(lengths)).to(device)
+        return torch.tensor(values).repeat_interleave(torch.tensor(lengths)).to(device, non_blocking=True)
 
     def joined(name: str) -> Tensor:
-        return torch.cat([getattr(s, name) for s in samples]).to(device)
+        return torch.cat([getattr(s, name) for s in samples]).to(device, non_blocking=True)
 
     first_row_N = per_row([first for first, _ in rows])
     generated = [

@@ -67,19 +67,21 @@ def verify(reqs, device, topk):
     accept_index_BR = torch.arange(B)[:, None] * D + torch.arange(R)
     accept_index_BR[0, 2:] = -1
     logits = SimpleNamespace(
-        hidden_states=torch.randn(B * D, 3 * HIDDEN, generator=g).to(device),
-        last_hidden_states=torch.randn(B * D, HIDDEN, generator=g).to(device),
+        hidden_states=torch.randn(B * D, 3 * HIDDEN, generator=g).to(device, non_blocking=True),
+        last_hidden_states=torch.randn(B * D, HIDDEN, generator=g).to(device, non_blocking=True),
     )
     result = SimpleNamespace(
-        accept_index=accept_index_BR.int().to(device),
-        accept_lens=(accept_index_BR >= 0).sum(1).int().to(device),
+        accept_index=accept_index_BR.int().to(device, non_blocking=True),
+        accept_lens=(accept_index_BR >= 0).sum(1).int().to(device, non_blocking=True),
         logits_output=logits,
     )
     batch = SimpleNamespace(
         reqs=reqs,
         forward_mode=SimpleNamespace(is_idle=lambda: False),
-        seq_lens=torch.arange(5, 5 + B).to(device),
-        spec_info=SimpleNamespace(draft_token=torch.randint(VOCAB, (B * D,), generator=g).to(device), topk=topk),
+        seq_lens=torch.arange(5, 5 + B).to(device, non_blocking=True),
+        spec_info=SimpleNamespace(
+            draft_token=torch.randint(VOCAB, (B * D,), generator=g).to(device, non_blocking=True), topk=topk
+        ),
     )
     after_verify(result, None, batch)
 
@@ -88,13 +90,13 @@ def prefill(reqs, device):
     lengths = [3, 5, 2][: len(reqs)]
     g = torch.Generator().manual_seed(0)
     logits = SimpleNamespace(
-        hidden_states=torch.randn(sum(lengths), 3 * HIDDEN, generator=g).to(device),
-        last_hidden_states=torch.randn(sum(lengths), HIDDEN, generator=g).to(device),
+        hidden_states=torch.randn(sum(lengths), 3 * HIDDEN, generator=g).to(device, non_blocking=True),
+        last_hidden_states=torch.randn(sum(lengths), HIDDEN, generator=g).to(device, non_blocking=True),
     )
     batch = SimpleNamespace(
         reqs=reqs,
         forward_mode=SimpleNamespace(is_idle=lambda: False),
-        input_ids=torch.randint(VOCAB, (sum(lengths),), generator=g).to(device),
+        input_ids=torch.randint(VOCAB, (sum(lengths),), generator=g).to(device, non_blocking=True),
         extend_lens=lengths,
         prefix_lens=[0] * len(reqs),
     )

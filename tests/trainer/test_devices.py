@@ -36,10 +36,9 @@ def on_device(run, device):
     return load_draft(run, run.version_path(0)).to(device), load_target(run, torch.float32, device)
 
 
-def learn(run, device, **given):
+def learn(draft, target, **given):
     """Loss, right choices and gradients of a pass."""
-    settings = TrainingSettings(ttt_steps=STEPS, **given)
-    draft, target = on_device(run, device)
+    settings, device = TrainingSettings(ttt_steps=STEPS, **given), target.head_VH.device
     draft.checkpoints_activations = settings.activation_checkpointing
     goal = Goal.of(settings, count_rows(SAMPLES, STEPS, settings.loss_on == "generated"), [0.9, 0.5, 0.2])
     found = unroll(draft, target, pack(SAMPLES, device), goal)
@@ -60,9 +59,9 @@ def learn(run, device, **given):
     ids=str,
 )
 def test_a_pass_learns_what_it_learns_on_the_host(run, other_device, given):
-    expected = learn(run, CPU, **given)
+    expected = learn(*on_device(run, CPU), **given)
     with other_device:
-        found = learn(run, OTHER, **given)
+        found = learn(*on_device(run, OTHER), **given)
         assert all(isinstance(x, Elsewhere) for x in found)
         torch.testing.assert_close([x.cpu() for x in found], expected, rtol=1e-4, atol=1e-6)
 
@@ -70,7 +69,10 @@ def test_a_pass_learns_what_it_learns_on_the_host(run, other_device, given):
 def test_a_pass_waits_once_a_chunk_for_the_device(run, other_device):
     """For how many of its rows the draft vocabulary has."""
     with other_device:
-        learn(run, OTHER)
+        draft_and_target = on_device(run, OTHER)
+        learn(*draft_and_target)
+        other_device.waits.clear()  # of what is copied to it once: weights and rotary frequencies
+        learn(*draft_and_target)
     rows = sum(int(s.generated_T[1:].sum()) for s in SAMPLES)
     chunks = -(-rows // loss._chunk_rows(torch.empty(VOCAB, 1, device=OTHER), STEPS, 32))
     assert chunks > 1
