@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from trainer.fused import fusable, wide
-from trainer.roots import Roots
+from trainer.roots import Roots, repeated
 
 _BLOCK = 128  # rows of a block of flex_attention's masks
 _FEW_ROWS = 256  # of so few in bfloat16, PyTorch's gradient on a CPU takes two to four times as long as in float32
@@ -60,9 +60,8 @@ def _prefix_of(roots: Roots) -> BlockMask:
     rows and samples ascend; ``create_block_mask`` would make a mask [L, N] on the way.
     """
     row_L = roots.row_L
-    lengths = torch.tensor([end - start for _, start, end in roots.runs])
-    first_L = torch.tensor([first for first, _, _ in roots.runs]).repeat_interleave(lengths)
-    first_L = first_L.to(roots.device, non_blocking=True)
+    firsts, lengths = zip(*((first, end - start) for first, start, end in roots.runs), strict=True)
+    first_L = repeated(firsts, lengths, roots.device)
 
     def attends(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (first_L[query] <= key) & (key <= row_L[query])

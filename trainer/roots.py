@@ -68,6 +68,11 @@ class Roots:
         return place_L.new_zeros(self.rows).index_copy_(0, self.row_L, place_L)
 
 
+def repeated(values: Sequence[int], lengths: Sequence[int], device: torch.device) -> Tensor:
+    """Each value as often as its length says, int64."""
+    return torch.tensor(values).repeat_interleave(torch.tensor(lengths)).to(device, non_blocking=True)
+
+
 def rows_of(runs: Sequence[Run], device: torch.device) -> Tensor:
     """Their rows one by one, int64."""
     row_M = torch.cat([torch.arange(0), *(torch.arange(start, end) for _, start, end in runs)])

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trainer.roots import Run, Runs, runs_of
+from trainer.roots import Run, Runs, repeated, runs_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,13 +61,10 @@ def pack(samples: list[Sample], device: torch.device) -> Pack:
     ends = torch.tensor(lengths).cumsum(0).tolist()
     rows = [(end - length, end) for end, length in zip(ends, lengths, strict=True)]
 
-    def per_row(values: list[int]) -> Tensor:
-        return torch.tensor(values).repeat_interleave(torch.tensor(lengths)).to(device, non_blocking=True)
-
     def joined(name: str) -> Tensor:
         return torch.cat([getattr(s, name) for s in samples]).to(device, non_blocking=True)
 
-    first_row_N = per_row([first for first, _ in rows])
+    ahead_N = repeated([s.start - first for (first, _), s in zip(rows, samples, strict=True)], lengths, device)
     generated = [
         Run(first, first + start, first + end)
         for (first, _), s in zip(rows, samples, strict=True)
@@ -75,8 +72,8 @@ def pack(samples: list[Sample], device: torch.device) -> Pack:
     ]
     return Pack(
         *map(joined, ("tokens_T", "aux_T3H", "last_TH", "rejected_T")),
-        positions_N=per_row([s.start for s in samples]) + torch.arange(ends[-1], device=device) - first_row_N,
-        first_row_N=first_row_N,
+        positions_N=torch.arange(ends[-1], device=device) + ahead_N,
+        first_row_N=repeated([first for first, _ in rows], lengths, device),
         samples=rows,
         generated=generated,
     )

@@ -2,7 +2,7 @@
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from server_patches import v0_5_21, v0_5_22, v0_5_23
+from server_patches import v0_5_21, v0_5_23
 from server_patches.common.seams import COMMON, REPLICA, WORKER
 from server_patches.targets import Members, Seam, Symbol, Target
 
@@ -11,7 +11,6 @@ VERSION = "0.5.20"
 _SAMPLE = "sglang.srt.speculative.eagle_worker_common.eagle_sample"
 
 DOWN_TO_0_5_17: tuple[Seam, ...] = (
-    *v0_5_22.DOWN_TO_0_5_17,
     *v0_5_21.DOWN_TO_0_5_17,
     Members(WORKER, ("ps",), f"read: {REPLICA}"),
     Target(f"{WORKER}.forward_batch_generation", ("self", "batch"), "AROUND: captures prompts"),

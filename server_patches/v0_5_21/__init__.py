@@ -9,12 +9,13 @@ from server_patches.targets import Members, Seam, Target
 VERSION = "0.5.21"
 
 DOWN_TO_0_5_17: tuple[Seam, ...] = (
+    *v0_5_22.DOWN_TO_0_5_17,
     Target(f"{SCHEDULER}.set_internal_state", ("self", "recv_req"), f"AROUND: {CONTROL}"),
     Target(f"{SCHEDULER}.get_internal_state", ("self", "recv_req"), f"AFTER: {STATUS}"),
     Members("sglang.srt.managers.io_struct.SetInternalStateReq", ("server_args",), "read: likewise"),
     Target("sglang.srt.managers.io_struct.SetInternalStateReqOutput", ("updated",), "made: its answer"),
 )
-TARGETS: tuple[Seam, ...] = (*COMMON, *v0_5_23.DOWN_TO_0_5_21, *v0_5_22.DOWN_TO_0_5_17, *DOWN_TO_0_5_17)
+TARGETS: tuple[Seam, ...] = (*COMMON, *v0_5_23.DOWN_TO_0_5_21, *DOWN_TO_0_5_17)
 
 
 def register_scheduler_hooks() -> None:

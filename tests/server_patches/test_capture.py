@@ -1,6 +1,7 @@
 """What the hooks of a pass do: without a request in it, and where states are on another device than the host."""
 
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -43,8 +44,8 @@ def admit(left_out):
     return SimpleNamespace(left_out="budget" if left_out else None, enter=lambda window: None, request=request)
 
 
-def capture(monkeypatch, left_out, travel, hook):
-    """The entries that ``hook`` makes of a pass in which some requests are left out."""
+def capture(monkeypatch, left_out, travel, serve, device):
+    """The entry that is made of a pass in which some requests are left out."""
     entries, admitted = [], [admit(out) for out in left_out]
     exporter = SimpleNamespace(
         failure=None, timed=nullcontext, pace=Pace(), capture=entries.append, fail=pytest.fail,
@@ -57,66 +58,62 @@ def capture(monkeypatch, left_out, travel, hook):
         run=SimpleNamespace(settings=SimpleNamespace(capture_dtype=travel)),
     )
     monkeypatch.setattr(process, "this", this)
-    hook([Req() for _ in left_out])
-    return entries
+    serve([Req() for _ in left_out], Rows(device))
+    [entry] = entries
+    return entry
 
 
-def verify(reqs, device, topk):
+class Rows:
+    """Random tensors on a device, the same on every one."""
+
+    def __init__(self, device):
+        self._device, self._generator = device, torch.Generator().manual_seed(0)
+
+    def put(self, tensor):
+        return tensor.to(self._device, non_blocking=True)
+
+    def tokens(self, rows):
+        return self.put(torch.randint(VOCAB, (rows,), generator=self._generator))
+
+    def logits(self, rows):
+        aux, last = (torch.randn(rows, width, generator=self._generator) for width in (3 * HIDDEN, HIDDEN))
+        return SimpleNamespace(hidden_states=self.put(aux), last_hidden_states=self.put(last))
+
+
+def batch(reqs, **fields):
+    return SimpleNamespace(reqs=reqs, forward_mode=SimpleNamespace(is_idle=lambda: False), **fields)
+
+
+def verify(reqs, rows, topk):
     B, D, R = len(reqs), 6 if topk > 1 else 4, 4
-    g = torch.Generator().manual_seed(0)
     accept_index_BR = torch.arange(B)[:, None] * D + torch.arange(R)
     accept_index_BR[0, 2:] = -1
-    logits = SimpleNamespace(
-        hidden_states=torch.randn(B * D, 3 * HIDDEN, generator=g).to(device, non_blocking=True),
-        last_hidden_states=torch.randn(B * D, HIDDEN, generator=g).to(device, non_blocking=True),
-    )
     result = SimpleNamespace(
-        accept_index=accept_index_BR.int().to(device, non_blocking=True),
-        accept_lens=(accept_index_BR >= 0).sum(1).int().to(device, non_blocking=True),
-        logits_output=logits,
+        accept_index=rows.put(accept_index_BR.int()),
+        accept_lens=rows.put((accept_index_BR >= 0).sum(1).int()),
+        logits_output=rows.logits(B * D),
     )
-    batch = SimpleNamespace(
-        reqs=reqs,
-        forward_mode=SimpleNamespace(is_idle=lambda: False),
-        seq_lens=torch.arange(5, 5 + B).to(device, non_blocking=True),
-        spec_info=SimpleNamespace(
-            draft_token=torch.randint(VOCAB, (B * D,), generator=g).to(device, non_blocking=True), topk=topk
-        ),
-    )
-    after_verify(result, None, batch)
+    spec_info = SimpleNamespace(draft_token=rows.tokens(B * D), topk=topk)
+    after_verify(result, None, batch(reqs, seq_lens=rows.put(torch.arange(5, 5 + B)), spec_info=spec_info))
 
 
-def prefill(reqs, device):
-    lengths = [3, 5, 2][: len(reqs)]
-    g = torch.Generator().manual_seed(0)
-    logits = SimpleNamespace(
-        hidden_states=torch.randn(sum(lengths), 3 * HIDDEN, generator=g).to(device, non_blocking=True),
-        last_hidden_states=torch.randn(sum(lengths), HIDDEN, generator=g).to(device, non_blocking=True),
-    )
-    batch = SimpleNamespace(
-        reqs=reqs,
-        forward_mode=SimpleNamespace(is_idle=lambda: False),
-        input_ids=torch.randint(VOCAB, (sum(lengths),), generator=g).to(device, non_blocking=True),
-        extend_lens=lengths,
-        prefix_lens=[0] * len(reqs),
-    )
-    around_prefill(lambda worker, batch: SimpleNamespace(logits_output=logits), None, batch)
+def prefill(reqs, rows):
+    lengths = [3, 5, 2]
+    result = SimpleNamespace(logits_output=rows.logits(sum(lengths)))
+    prompts = batch(reqs, input_ids=rows.tokens(sum(lengths)), extend_lens=lengths, prefix_lens=[0, 0, 0])
+    around_prefill(lambda worker, batch: result, None, prompts)
 
 
-PASSES = {
-    "a chain": lambda reqs, device: verify(reqs, device, topk=1),
-    "a tree": lambda reqs, device: verify(reqs, device, topk=2),
-    "prompts": prefill,
-}
+PASSES = {"a chain": partial(verify, topk=1), "a tree": partial(verify, topk=2), "prompts": prefill}
 
 
 @pytest.mark.parametrize("which", PASSES)
 @pytest.mark.parametrize("left_out", [[False] * 3, [False, True, False]], ids=["all", "some"])
 @pytest.mark.parametrize("travel", ["served", "float8"])
 def test_states_of_another_device_are_captured_without_waiting_for_it(monkeypatch, which, left_out, travel):
-    [expected] = capture(monkeypatch, left_out, travel, lambda reqs: PASSES[which](reqs, CPU))
+    expected = capture(monkeypatch, left_out, travel, PASSES[which], CPU)
     with OtherDevice() as device:
-        [found] = capture(monkeypatch, left_out, travel, lambda reqs: PASSES[which](reqs, OTHER))
+        found = capture(monkeypatch, left_out, travel, PASSES[which], OTHER)
     assert set(device.waits) == {"aten.copy_.default"}  # into the ring: without waiting, where it is pinned
     assert len(expected.states) == 2
     for (name, rows), (expected_name, expected_rows) in zip(found.states, expected.states, strict=True):

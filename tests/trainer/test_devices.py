@@ -1,9 +1,11 @@
 """The trainer's arithmetic on a device that is not the host: it computes the same, and hardly ever waits."""
 
+from typing import get_args
+
 import pytest
 import torch
 
-from sglang_specforge.training_settings import Speculation, TrainingSettings
+from sglang_specforge.training_settings import Objective, Speculation, TrainingSettings
 from tests.other_device import OTHER, Elsewhere, OtherDevice
 from tests.tiny import VOCAB, make_run, make_sample, make_target
 from tests.trainer.plain_flex import plain_flex
@@ -49,10 +51,7 @@ def learn(draft, target, **given):
 @pytest.mark.parametrize(
     "given",
     [
-        *(
-            {"objective": objective}
-            for objective in ("forward_kl", "soft_ce", "hard_ce", "tv", "lk_alpha", "lk_lambda")
-        ),
+        *({"objective": objective} for objective in get_args(Objective)),
         {"rejection_weight": 1.0, "rejection_penalty": 0.5},
         {"loss_on": "all", "activation_checkpointing": True},
     ],
