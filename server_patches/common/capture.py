@@ -1,7 +1,7 @@
 """Reading target states after each pass of a scheduler process, and noting what every verification accepted.
 
 Shapes: B requests, N rows, D drafted tokens a request, R rows a request (longest path through a draft tree), H hidden,
-F = 2 + D.
+F facts of a request (``entry.Verified``).
 """
 
 from collections.abc import Callable
@@ -61,7 +61,8 @@ def _capture_prefill(batch: Any, result: Any, tokens_N: torch.Tensor) -> None:
         rows = _at_once(rows.repeat_interleave(torch.tensor(batch.extend_lens)).nonzero().flatten(), tokens_N.device)
         states, tokens_N = {name: state[rows] for name, state in states.items()}, tokens_N[rows]
     prefilled = [_prefilled(batch.reqs[b], batch.prefix_lens[b], batch.extend_lens[b]) for b in picked]
-    _capture([one.request for _, one in admitted if one.left_out is None], states, tokens_N, prefilled=prefilled)
+    requests = [one.request for _, one in admitted if one.left_out is None]
+    _capture(requests, states, prompt_tokens_N=tokens_N, prefilled=prefilled)
 
 
 def _capture_verify(batch: Any, result: Any) -> None:
@@ -78,25 +79,26 @@ def _capture_verify(batch: Any, result: Any) -> None:
     picked = [b for b, one in admitted if one.left_out is None]
     if not counted:
         return
-    facts_BF = torch.cat([batch.seq_lens[:, None], result.accept_lens[:, None], drafted_BD], 1)
-    states, tokens_N = {}, drafted_BD
-    if picked:
-        tokens_N = drafted_BD.view(-1)
-        if not chain:
+    facts_BF, states = None, {}
+    if picked or R > 1:
+        facts = [batch.seq_lens[:, None], result.accept_lens[:, None], drafted_BD]
+        if picked and not chain:
             # SGLang has moved a tree's accepted path to the front of the aux states, but not of the last hidden states.
             path_BR = result.accept_index.long()
-            path_N = torch.where(path_BR < 0, path_BR[:, :1], path_BR).view(-1)  # beyond the accepted: rows of its own
-            aux_N3H = aux_N3H.view(B, D, -1)[:, :R].flatten(0, 1)
-            last_NH, tokens_N = last_NH[path_N], tokens_N[path_N]
+            path_BR = torch.where(path_BR < 0, path_BR[:, :1], path_BR)  # beyond the accepted: rows of its own
+            aux_N3H, last_NH = aux_N3H.view(B, D, -1)[:, :R].flatten(0, 1), last_NH[path_BR.view(-1)]
+            facts.append(drafted_BD.view(-1)[path_BR])
+        facts_BF = torch.cat(facts, 1)
+    if picked:
         if len(picked) < B:
-            rows = _at_once(torch.tensor(picked), tokens_N.device)
-            aux_N3H, last_NH, tokens_N = (t.view(B, R, -1)[rows].flatten(0, 1) for t in (aux_N3H, last_NH, tokens_N))
-        states, tokens_N = {"aux_N3H": aux_N3H, "last_NH": last_NH}, tokens_N.view(-1)
+            rows = _at_once(torch.tensor(picked), aux_N3H.device)
+            aux_N3H, last_NH = (t.view(B, R, -1)[rows].flatten(0, 1) for t in (aux_N3H, last_NH))
+        states = {"aux_N3H": aux_N3H, "last_NH": last_NH}
     requests = [one.request for _, one in admitted if one.left_out is None]
     served = [one.request for _, one in admitted if one.request.is_counted]
     slices, prompts = [request.slice for request in served], [request.prompt_tokens for request in served]
-    verified = Verified(R, chain, facts_BF, picked, counted, slices, prompts, window, standings, seconds)
-    _capture(requests, states, tokens_N, verified=verified)
+    verified = Verified(B, R, chain, facts_BF, picked, counted, slices, prompts, window, standings, seconds)
+    _capture(requests, states, verified=verified)
 
 
 def _at_once(rows: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -121,11 +123,9 @@ def _row_bytes(states: dict[str, torch.Tensor]) -> int:
     return sum(coding.row_bytes(state, process.this.run.settings.capture_dtype) for state in states.values())
 
 
-def _capture(requests: list[Any], states: dict[str, torch.Tensor], tokens_N: torch.Tensor, **facts: Any) -> None:
+def _capture(requests: list[Any], states: dict[str, torch.Tensor], **facts: Any) -> None:
     states = {name: coding.pack(state, process.this.run.settings.capture_dtype) for name, state in states.items()}
-    process.this.exporter.capture(
-        process.this.copier.copy(requests, process.this.bank.active_version, states, tokens_N, **facts)
-    )
+    process.this.exporter.capture(process.this.copier.copy(requests, process.this.bank.active_version, states, **facts))
 
 
 def _prefilled(req: Any, start: int, length: int) -> Prefilled:

@@ -1,6 +1,7 @@
 """One forward pass's captured states on their way through the host ring.
 
-Shapes: B requests of the pass, N rows, R rows a captured request, D drafted tokens a request, F = 2 + D, H hidden.
+Shapes: B requests of the pass, N rows, R rows a captured request, D drafted tokens a request, H hidden; F = 2 + D, and
+R more of a tree.
 Prefill rows are the tokens of the pass in order; verify rows are, for each captured request, the R nodes of the longest
 accepted path, of which the first were accepted.
 """
@@ -31,9 +32,12 @@ class Prefilled(NamedTuple):
 class Verified:
     """What the verification decided, of all requests of the pass."""
 
+    requests: int
     rows_per_request: int
     chain: bool  # or a tree
-    facts_BF: Tensor  # int64: position of the request's first row, rows accepted, and its D drafted tokens
+    # int64: position of the request's first row, rows accepted, its D drafted tokens (a chain's R rows are of these)
+    # and, of a tree, those of its R rows. None where nothing was drafted and nothing is captured.
+    facts_BF: Tensor | None
     picked: Sequence[int]  # the captured requests
     counted: Sequence[int]  # those whose acceptance counts
     slices: Sequence[str]  # of each counted request
@@ -49,22 +53,28 @@ class Verified:
 
     def committed(self) -> list[int]:
         """Tokens that were committed for each counted request."""
+        if self.facts_BF is None:
+            return [1] * len(self.counted)
         accepted_B = self.facts_BF[:, 1].tolist()
         return [accepted_B[b] for b in self.counted]
 
     def facts(self) -> list[tuple[int, int, int, int]]:
         """Of each captured request: first position, rows accepted, the token proposed after the first row, and the one
         refused after the last accepted row. In a chain that is the next draft; a tree may have refused several (-1)."""
-        facts_BF, drafts = self.facts_BF.tolist(), self.facts_BF.shape[1] - 2
+        facts_BF = self.facts_BF.tolist()
         return [
             (
                 start,
                 accepted,
-                drafted[1] if drafts > 1 else -1,
-                drafted[accepted] if self.chain and accepted < drafts else -1,
+                drafted[1] if self.drafted else -1,
+                drafted[accepted] if self.chain and accepted < len(drafted) else -1,
             )
             for start, accepted, *drafted in (facts_BF[b] for b in self.picked)
         ]
+
+    def tokens_N(self) -> Tensor:
+        """Of the captured requests' rows."""
+        return self.facts_BF[self.picked, -self.rows_per_request :].flatten()
 
 
 @dataclass(slots=True)
@@ -75,7 +85,7 @@ class Entry:
     draft_version: int
     region: Region | None = None
     states: list[tuple[str, Tensor]] = field(default_factory=list)  # name, host tensor [N, width] in the region
-    tokens_N: Tensor | None = None  # int64, host
+    prompt_tokens_N: Tensor | None = None  # int64, host: of a prefill pass
     prefilled: Sequence[Prefilled] = ()
     verified: Verified | None = None
     copied: "torch.cuda.Event | None" = None
@@ -90,7 +100,8 @@ class Entry:
 
     def message(self, stream: str, sent_before: int, spans: list[Span]) -> tuple[Captured, list[Tensor]]:
         """Header and the tensors whose memory follows it."""
-        tensors = [*self.states, ("tokens_N", self.tokens_N)]
+        tokens_N = self.verified.tokens_N() if self.verified else self.prompt_tokens_N
+        tensors = [*self.states, ("tokens_N", tokens_N)]
         layouts = [_layout(name, tensor) for name, tensor in tensors]
         return Captured(stream, sent_before, self.draft_version, spans, layouts), [t for _, t in tensors]
 
@@ -140,8 +151,8 @@ class HostCopier:
         requests: Sequence[ServedRequest],
         draft_version: int,
         states: dict[str, Tensor],
-        tokens_N: Tensor,
         *,
+        prompt_tokens_N: Tensor | None = None,
         prefilled: Sequence[Prefilled] = (),
         verified: Verified | None = None,
     ) -> Entry:
@@ -151,14 +162,14 @@ class HostCopier:
             RuntimeError: the ring has no room; ``Admission.pick`` sees to it that there is.
         """
         entry = Entry(requests, draft_version, prefilled=prefilled, verified=verified)
-        states = states if requests else {}
         if requests:
             entry.region = self._ring.reserve(sum(t.nbytes for t in states.values()))
             if entry.region is None:
                 raise RuntimeError("the ring has no room for a pass that was admitted")
-        small = {"tokens_N": tokens_N} if requests else {}
-        if verified is not None:
-            small["facts_BF"] = verified.facts_BF
+        small = {"prompt_tokens_N": prompt_tokens_N, "facts_BF": verified and verified.facts_BF}
+        small = {name: tensor for name, tensor in small.items() if tensor is not None}
+        if not (states or small):
+            return entry
         if self._stream is None:
             _fill(entry, states, small, non_blocking=False)
             return entry
@@ -183,7 +194,8 @@ def _fill(entry: Entry, states: dict[str, Tensor], small: dict[str, Tensor], non
         host.copy_(source, non_blocking=non_blocking)
         entry.states.append((name, host))
         offset += source.nbytes
-    entry.tokens_N = _to_host(small["tokens_N"], non_blocking) if "tokens_N" in small else None
+    if "prompt_tokens_N" in small:
+        entry.prompt_tokens_N = _to_host(small["prompt_tokens_N"], non_blocking)
     if "facts_BF" in small:
         entry.verified = replace(entry.verified, facts_BF=_to_host(small["facts_BF"], non_blocking))
 

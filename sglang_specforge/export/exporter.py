@@ -1,12 +1,12 @@
 """The thread that turns capture entries into messages and never waits for the trainer.
 
 The scheduler thread asks ``admission`` and calls ``capture``, which only appends to a queue. Everything that may take
-time (waiting for a copy, framing, sending) happens in this thread, without a lock held.
+time (waiting for a copy, framing, sending) happens in this thread, without a lock held. It takes up several passes at a
+time: whenever it runs Python, the scheduler thread does not.
 """
 
 import contextlib
 import logging
-import queue
 import threading
 import time
 import uuid
@@ -29,7 +29,7 @@ from sglang_specforge.reader import load_way
 
 logger = logging.getLogger(__name__)
 
-_POLL_S = 0.02
+_TAKE_UP_EVERY_S = 0.02
 
 
 class Exporter:
@@ -42,14 +42,13 @@ class Exporter:
         self.failure: str | None = None
         self.paused = False  # by the operator
         self.reader = 0  # number of the lease by which one on another machine reads; 0: one on this machine
-        self._entries: queue.SimpleQueue[Entry] = queue.SimpleQueue()
+        self._entries: deque[Entry] = deque()
         self._captured = self._sent = self._passes = 0
         self._scheduler_s = 0.0
         self._dropped: dict[str, int] = {}
         self._acceptance = Acceptance()
         self._unsent: deque[Finished] = deque()
-        self._looked_for_ends_s = 0.0
-        self._stopping = threading.Event()
+        self._is_stopping, self._hurry = False, threading.Event()
         self._endpoint, self._turned_to = endpoint, 0
         self._link = Link(endpoint, ring, puller)
         self._thread = threading.Thread(target=self._run, name="specforge-exporter", daemon=True)
@@ -58,13 +57,16 @@ class Exporter:
         self._thread.start()
 
     def stop(self) -> None:
-        self._stopping.set()
+        self._is_stopping = True
+        self._hurry.set()
         self._thread.join(timeout=2)
 
     def capture(self, entry: Entry) -> None:
         """Take over an entry (scheduler thread)."""
         if self.failure is None:
-            self._entries.put(entry)
+            self._entries.append(entry)
+            if self.ring.used_bytes > self.ring.capacity_bytes // 2:
+                self._hurry.set()
 
     @contextlib.contextmanager
     def timed(self) -> Iterator[None]:
@@ -88,7 +90,7 @@ class Exporter:
             "dropped": dict(self._dropped),
             "passes": self._passes,
             "scheduler_s": self._scheduler_s,  # taken from the scheduler thread by all these passes
-            "queued_passes": self._entries.qsize(),
+            "queued_passes": len(self._entries),
             "ring_bytes": self.ring.capacity_bytes,
             "ring_used_bytes": self.ring.used_bytes,
             **self._link.status(),
@@ -101,7 +103,9 @@ class Exporter:
 
     def _run(self) -> None:
         try:
-            while not self._stopping.is_set():
+            while not self._is_stopping:
+                self._hurry.wait(_TAKE_UP_EVERY_S)
+                self._hurry.clear()
                 self._look_for_reader()
                 ends = self._take_ends()
                 self._send_entries()
@@ -134,23 +138,15 @@ class Exporter:
         ends = [
             Finished(self.stream, 0, alias, 0, aborted=False, cut_short=True) for alias in _drain(self.admission.cut)
         ]
-        if time.monotonic() - self._looked_for_ends_s >= _POLL_S:
-            self._looked_for_ends_s = time.monotonic()
-            for admitted in self.admission.take_ended():
-                if admitted.left_out is None:
-                    aborted = admitted.aborted or admitted.request.is_aborted()
-                    ends.append(
-                        Finished(self.stream, 0, admitted.request.alias, admitted.request.total_tokens(), aborted)
-                    )
+        for admitted in self.admission.take_ended():
+            if admitted.left_out is None:
+                aborted = admitted.aborted or admitted.request.is_aborted()
+                ends.append(Finished(self.stream, 0, admitted.request.alias, admitted.request.total_tokens(), aborted))
         return ends
 
     def _send_entries(self) -> None:
-        """Everything queued by now; waits a moment for the first."""
-        for i in range(max(1, self._entries.qsize())):
-            try:
-                entry = self._entries.get(timeout=_POLL_S if i == 0 else 0)
-            except queue.Empty:
-                return
+        """Everything queued by now."""
+        for entry in _drain(self._entries):
             self._send_entry(entry)
 
     def _send_entry(self, entry: Entry) -> None:
@@ -176,7 +172,7 @@ class Exporter:
             self._acceptance.count(
                 version, committed, verified.slices, verified.prompts, verified.window, verified.standings
             )
-        self.pace.count(version, verified.drafted, len(verified.facts_BF), verified.seconds, committed)
+        self.pace.count(version, verified.drafted, verified.requests, verified.seconds, committed)
 
     def _announce(self, ends: list[Finished]) -> None:
         self._unsent += ends
@@ -195,5 +191,5 @@ class Exporter:
         self._dropped[reason] = self._dropped.get(reason, 0) + tokens
 
 
-def _drain(queue: deque[str]) -> list[str]:
+def _drain(queue: deque[Any]) -> list[Any]:
     return [queue.popleft() for _ in range(len(queue))]

@@ -66,7 +66,8 @@ def exporting(endpoint, ring_bytes):
 
 def prefill(copier, rid="a", rows=5):
     captured = states(rows)
-    made = copier.copy([Request(rid, rows)], 3, captured, torch.arange(rows), prefilled=[Prefilled(0, rows)])
+    facts = {"prompt_tokens_N": torch.arange(rows), "prefilled": [Prefilled(0, rows)]}
+    made = copier.copy([Request(rid, rows)], 3, captured, **facts)
     return made, captured
 
 
@@ -113,21 +114,26 @@ def test_the_tokens_of_a_prompt_that_another_server_prefills_go_with_the_first_v
     for request in requests:
         request.prompt = [7, 8]
     facts = torch.tensor([[2, 1, 4, 5], [3, 2, 4, 5]])
-    verified = Verified(2, True, facts, picked=[0, 1], counted=[0, 1], slices=[""] * 2, prompts=[5] * 2)
-    entry = copier.copy(requests, 0, states(4), torch.arange(4), verified=verified)
+    verified = Verified(2, 2, True, facts, picked=[0, 1], counted=[0, 1], slices=[""] * 2, prompts=[5] * 2)
+    entry = copier.copy(requests, 0, states(4), verified=verified)
     assert [span.prefix for span in entry.spans()] == [bytes([7, 0, 0, 0, 8, 0, 0, 0]), b""]
 
 
 FACTS = torch.tensor([[10, 2, 4, 7, 5, 3], [15, 1, 0, 0, 0, 0], [20, 4, 4, 8, 5, 3], [30, 1, 4, 9, 6, 3]])
+
+PATHS = torch.arange(100, 116).view(4, 4)
 
 
 @pytest.mark.parametrize("chain", [True, False])
 def test_verify_spans_are_the_accepted_paths_of_the_captured_requests(chain):
     copier = HostCopier(HostRing(1 << 16, False), torch.device("cpu"))
     requests = [Request("a", 4), Request("b", 4), Request("c", 4, 2, slice="code")]
-    verified = Verified(4, chain, FACTS, picked=[0, 2, 3], counted=[0, 1, 2, 3], slices=[""] * 4, prompts=[5] * 4)
-    entry = copier.copy(requests, 0, states(12), torch.arange(12), verified=verified)
+    facts = FACTS if chain else torch.cat([FACTS, PATHS], 1)
+    verified = Verified(4, 4, chain, facts, picked=[0, 2, 3], counted=[0, 1, 2, 3], slices=[""] * 4, prompts=[5] * 4)
+    entry = copier.copy(requests, 0, states(12), verified=verified)
     assert sum(entry.verified.committed()) == 8
+    rows = (FACTS[:, 2:] if chain else PATHS)[[0, 2, 3]]
+    assert entry.verified.tokens_N().tolist() == rows.flatten().tolist()
     assert entry.spans() == [
         spans.Span("a", 10, 2, 0, 4, 0, 7, 5 if chain else -1),
         spans.Span("b", 20, 4, 4, 4, 0, 8, -1),
@@ -202,8 +208,8 @@ def test_a_reader_that_stops_reading_costs_requests_and_never_a_wait(endpoint):
 
 def test_acceptance_is_counted_of_passes_that_are_not_captured(endpoint):
     exporter, copier = exporting(endpoint, 1024)
-    verified = Verified(4, True, FACTS, picked=[], counted=[0, 3], slices=["", "code"], prompts=[5, 300])
-    exporter.capture(copier.copy([], 2, {}, torch.empty(0), verified=verified))
+    verified = Verified(4, 4, True, FACTS, picked=[], counted=[0, 3], slices=["", "code"], prompts=[5, 300])
+    exporter.capture(copier.copy([], 2, {}, verified=verified))
     wait_for(lambda: sum(exporter.counters()["committed"]) == 2)
     expected = {
         "committed": [0, 1, 1],
@@ -219,9 +225,8 @@ def test_acceptance_is_counted_of_passes_that_are_not_captured(endpoint):
 
 def test_a_step_that_drafted_nothing_is_timed_and_is_no_verification_of_a_draft(endpoint):
     exporter, copier = exporting(endpoint, 1024)
-    facts = torch.tensor([[7, 1, 50], [9, 1, 51]])
-    verified = Verified(1, True, facts, picked=[], counted=[0, 1], slices=["", ""], prompts=[5, 5], seconds=0.5)
-    exporter.capture(copier.copy([], 2, {}, torch.empty(0), verified=verified))
+    verified = Verified(2, 1, True, None, picked=[], counted=[0, 1], slices=["", ""], prompts=[5, 5], seconds=0.5)
+    exporter.capture(copier.copy([], 2, {}, verified=verified))
     wait_for(lambda: exporter.counters()["pace"]["undrafted"])
     assert exporter.counters()["pace"] == {"drafted": {}, "undrafted": {"2": [1, 0.5, 2, 2]}}
     assert exporter.counters()["committed"] == []
