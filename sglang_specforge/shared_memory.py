@@ -58,7 +58,8 @@ class SharedSegment:
             weakref.finalize(self, os.close, self._fd)  # or its memory would outlive it
             os.posix_fallocate(self._fd, 0, size)  # now, or a write would find no memory and kill the process
             fcntl.fcntl(self._fd, _F_ADD_SEALS, _SEAL_SHRINK | _SEAL_GROW | _SEAL_SEAL)
-            memory = mmap.mmap(self._fd, size)
+            # Now as well: a page that is new to this process costs the scheduler's copies more than they do themselves.
+            memory = mmap.mmap(self._fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         except OSError as error:
             raise SegmentRefused(f"{size:,} bytes of shared memory cannot be had: {error.strerror}") from error
         self._counters = _Counters(memory)

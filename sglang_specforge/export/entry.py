@@ -55,13 +55,13 @@ class Verified:
         """Tokens that were committed for each counted request."""
         if self.facts_BF is None:
             return [1] * len(self.counted)
-        accepted_B = self.facts_BF[:, 1].tolist()
+        accepted_B = self._facts_BF[:, 1].tolist()
         return [accepted_B[b] for b in self.counted]
 
     def facts(self) -> list[tuple[int, int, int, int]]:
         """Of each captured request: first position, rows accepted, the token proposed after the first row, and the one
         refused after the last accepted row. In a chain that is the next draft; a tree may have refused several (-1)."""
-        facts_BF = self.facts_BF.tolist()
+        facts_BF = self._facts_BF.tolist()
         return [
             (
                 start,
@@ -74,7 +74,12 @@ class Verified:
 
     def tokens_N(self) -> Tensor:
         """Of the captured requests' rows."""
-        return self.facts_BF[self.picked, -self.rows_per_request :].flatten()
+        return torch.from_numpy(self._facts_BF[self.picked, -self.rows_per_request :].reshape(-1))
+
+    @property
+    def _facts_BF(self) -> np.ndarray:
+        """Where they are looked at: torch would let the GIL go with each operation, and have to get it back."""
+        return self.facts_BF.numpy()
 
 
 @dataclass(slots=True)

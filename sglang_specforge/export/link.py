@@ -136,7 +136,7 @@ class Link:
         *states, tokens_N = tensors
         ends = accumulate((tensor.nbytes for tensor in states), initial=region.offset)
         shared = Shared(self._message + 1, list(ends)[:-1])
-        if not self._send_copied([encode_header(msgspec.structs.replace(message, shared=shared)), _memory(tokens_N)]):
+        if not self._send_copied([encode_header(msgspec.structs.replace(message, shared=shared)), tokens_N.numpy()]):
             return None
         self._message += 1
         return _InFlight(region, None, self._message, message.tokens)
