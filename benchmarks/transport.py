@@ -85,7 +85,7 @@ def read(way: str, endpoint: str, nbytes: int, orders: Connection, own: Identity
     else:
         door, puller = Door(own, peer) if way in FAR else None, Puller(ENGINE) if way == PULLED else None
         endpoint = "tcp://127.0.0.1:*" if door else endpoint
-        inbox = Inbox(endpoint, sink, TokenLedger(), None, max_frame_bytes=1 << 40, door=door, puller=puller)
+        inbox = Inbox(endpoint, sink, TokenLedger(), door=door, puller=puller, max_ring_bytes=1 << 40)
         endpoint = inbox.endpoint
 
         def receive() -> None:
