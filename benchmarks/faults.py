@@ -154,7 +154,14 @@ def memory_files(server: ServerProcess) -> int:
     """Shared memory of ours that the server's processes hold open."""
     root = psutil.Process(server.process.pid)
     links = [link for p in [root, *root.children(recursive=True)] for link in Path(f"/proc/{p.pid}/fd").iterdir()]
-    return sum(os.readlink(link).startswith("/memfd:specforge") for link in links)
+    return sum(_leads_to(link).startswith("/memfd:specforge") for link in links)
+
+
+def _leads_to(link: Path) -> str:
+    try:
+        return os.readlink(link)
+    except FileNotFoundError:  # closed since it was listed
+        return ""
 
 
 def main(

@@ -187,7 +187,7 @@ class Reader:
             door = Door(own, server.public) if given.way == "tcp" else None
             endpoint = "tcp://127.0.0.1:*" if door else f"ipc://{folder}/{place}"
             ledger = TokenLedger()
-            inbox = Inbox(endpoint, Assembler(ledger, 4096), ledger, None, 1 << 40, door)
+            inbox = Inbox(endpoint, Assembler(ledger, 4096), ledger, door=door)
             self.inboxes.append(inbox)
             self.ledgers.append(ledger)
 
