@@ -18,6 +18,7 @@ TOKENIZER = Path(__file__).parents[2] / "examples" / "tiny_target"
 TOKENIZED = 1024
 SIZES = {  # hidden, intermediate, layers, heads, key heads, vocabulary
     "10m": (256, 768, 8, 4, 2, 8192),  # to rehearse with
+    "100m": (768, 2048, 12, 12, 4, 8192),  # for a CPU, with passes as long as a GPU's
     "1b": (2048, 8192, 16, 32, 8, 128256),
     "8b": (4096, 14336, 32, 32, 8, 128256),
 }

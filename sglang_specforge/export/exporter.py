@@ -65,7 +65,7 @@ class Exporter:
         """Take over an entry (scheduler thread)."""
         if self.failure is None:
             self._entries.append(entry)
-            if self.ring.used_bytes > self.ring.capacity_bytes // 2:
+            if self.ring.used_bytes > self.ring.capacity_bytes // 4:
                 self._hurry.set()
 
     @contextlib.contextmanager
