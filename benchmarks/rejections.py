@@ -95,7 +95,10 @@ def main(
 ) -> None:
     first, then, judged, epochs, seeds = (12, 24, 12, 2, 1) if quick else (100, 300, 100, 4, 5)
     prompts = list(islice(stream_prompts(seed=7), first + then + judged))
-    with tempfile.TemporaryDirectory() as name, process_group(TrainingSettings(trainer_device="cpu", trainer_threads=2)):
+    with (
+        tempfile.TemporaryDirectory() as name,
+        process_group(TrainingSettings(trainer_device="cpu", trainer_threads=2)),
+    ):
         folder = Path(name)
         with start_capturing(target, folder, "--max-total-tokens", 16384, "--speculative-num-steps", STEPS) as server:
             status, ledger = server.status(), TokenLedger()
