@@ -1,6 +1,6 @@
 """What a draft costs before it has learnt, and brings afterwards, against a server without speculation (the peer)::
 
-    python benchmarks/drafting.py [--draft DIR] [--quick] [--json FILE]
+    python benchmarks/drafting.py [--target DIR] [--draft DIR] [--requests N] [--quick] [--json FILE]
 
 Two real servers, both running, and the same load of chats by turns: one without speculation and without the plugin, and
 one with a random draft and ``--draft-drafting auto``, once with nobody attached and once with a consumer that receives
@@ -78,10 +78,11 @@ def take_rounds(
 def main(
     target: Target = TINY_TARGET,
     draft: Annotated[Path | None, typer.Option(help="Folder of a draft that has learnt.")] = None,
+    requests: Annotated[int, typer.Option(min=8, help="Of a turn; few where the target is slow.")] = 40,
     quick: Quick = False,
     json_file: JsonFile = None,
 ) -> None:
-    rounds, requests = (2, 12) if quick else (8, 40)  # requests of a turn
+    rounds, requests = (2, min(requests, 12)) if quick else (8, requests)
     table = Table("draft", "drafting", "break-even", "last gain", "arm", "tokens/s", "ratio", "95% interval",
                   title=f"{rounds} rounds of {requests} requests")  # fmt: skip
     ratios, samples = {}, []

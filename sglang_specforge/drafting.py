@@ -25,6 +25,7 @@ _MIN_PASSES = 20  # of a batch size, in a turn
 _CLOSE = 1.25  # a gain, or loss, that soon may be the other way
 _PAYS, _PAYS_STILL = 1.02, 0.98  # gains where drafting begins, and stays: between them neither costs anything
 _SOON_S, _LATER_S = 20.0, 120.0  # to the next trial
+_MAY_COST = 0.01  # of the time: where a trial lost more, the next one is put off
 
 Window = dict[str, list[float]]  # ``export.pace.Pace.status``: passes, seconds, verifications and tokens by batch size
 
@@ -131,15 +132,17 @@ class Governor:
         if self._resting is Depth.ASLEEP:
             await self._tell(Depth.WARM)
             await self._pause(_WARM_UP_S)
-        other = await self._turn(Depth.WARM if self._resting is Depth.ON else Depth.ON)
-        on, off = (resting, other) if self._resting is Depth.ON else (other, resting)
-        found = compare(on, off)
+        was_on, begun_s = self._resting is Depth.ON, time.monotonic()
+        other = await self._turn(Depth.WARM if was_on else Depth.ON)
+        lasted_s = time.monotonic() - begun_s
+        found = compare(resting, other) if was_on else compare(other, resting)
         if found is None or self.mode != "auto" or self._swaps.holder is not None:
             return
         self._last, self._trials = found, self._trials + 1
         self._settle(found)
         clear = self._resting is Depth.ASLEEP or found.gain > _CLOSE
-        self._due_s = time.monotonic() + (_LATER_S if clear else _SOON_S)
+        lost_s = lasted_s * (1 - (1 / found.gain if was_on else found.gain))
+        self._due_s = time.monotonic() + max(_LATER_S if clear else _SOON_S, lost_s / _MAY_COST)
         await self._tell(self._resting)
 
     def _settle(self, found: Trial) -> None:

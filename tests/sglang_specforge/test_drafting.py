@@ -45,6 +45,7 @@ class Server:
 def quick(monkeypatch):
     for name in ("_LOOK_EVERY_S", "_TURN_S", "_LONGEST_TURN_S", "_WARM_UP_S", "_SOON_S", "_LATER_S"):
         monkeypatch.setattr(drafting, name, 0.001)
+    monkeypatch.setattr(drafting, "_MAY_COST", 1.0)
 
 
 def govern(server, until, promised=lambda: None, governor=None):
@@ -106,6 +107,16 @@ def test_a_new_version_that_promises_too_little_is_not_tried_at_once(monkeypatch
     assert governor.status()["trials"] == 2
     server.active = 2
     govern(server, trials(3), promised=lambda: 2.0, governor=governor)
+
+
+def test_a_trial_is_not_made_again_before_what_it_lost_is_made_up_for(monkeypatch):
+    monkeypatch.setattr(drafting, "_MAY_COST", 1e-6)
+    server, looks = Server(length=1.02), iter(range(50))
+    governor = govern(server, trials(1))
+    govern(server, lambda _: next(looks, None) is None, governor=governor)
+    assert governor.status()["trials"] == 1
+    server.active = 1  # a draft of which nobody knows that it is as bad
+    govern(server, trials(2), governor=governor)
 
 
 def test_whoever_holds_the_draft_has_it_drafting_all_the_time():
