@@ -1,7 +1,7 @@
 """Bookkeeping of KV-cache slots: who owns which, and moving what they hold.
 
 ``req_to_token`` is SGLang's [pool, context] table of slots. Ragged ranges are flattened once and moved with
-one gather or scatter, in numpy, whose calls on such small arrays cost a fifth of torch's; signatures follow
+one gather or scatter, in numpy, which on such small arrays takes a third of torch's time; signatures follow
 ``sgl_kernel.speculative`` and ``sgl_kernel.kvcacheio``.
 """
 

@@ -120,6 +120,7 @@ class Exporter:
         if (reader := self.reader) != self._turned_to:
             self._turned_to = reader
             self.admission.closed = "nobody_listening"  # the last one's being there says nothing of this one's
+            self._send_entries()  # to the last one, for whom they were captured
             self._turn_to(reader)
         closed = "paused" if self.paused else None if self._link.is_read() else "nobody_listening"
         if closed != self.admission.closed:

@@ -89,8 +89,8 @@ def batch(reqs, **fields):
     return SimpleNamespace(reqs=reqs, forward_mode=SimpleNamespace(is_idle=lambda: False), **fields)
 
 
-def verify(reqs, rows, topk):
-    B, D, R = len(reqs), 6 if topk > 1 else 4, 4
+def verify(reqs, rows, topk, R=4):
+    B, D = len(reqs), 6 if topk > 1 else R
     accept_index_BR = torch.arange(B)[:, None] * D + torch.arange(R)
     accept_index_BR[0, 2:] = -1
     result = SimpleNamespace(
@@ -109,7 +109,10 @@ def prefill(reqs, rows):
     around_prefill(lambda worker, batch: result, None, prompts)
 
 
-PASSES = {"a chain": partial(verify, topk=1), "a tree": partial(verify, topk=2), "prompts": prefill}
+PASSES = {
+    "a chain": partial(verify, topk=1), "a tree": partial(verify, topk=2),
+    "nothing drafted": partial(verify, topk=1, R=1), "prompts": prefill,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("which", PASSES)
@@ -128,3 +131,12 @@ def test_states_of_another_device_are_captured_without_waiting_for_it(monkeypatc
     assert found.prefilled == expected.prefilled
     if found.verified:
         assert found.verified.facts() == expected.verified.facts()
+
+
+def test_nothing_is_copied_of_a_pass_that_drafted_nothing_and_is_not_captured(monkeypatch):
+    with OtherDevice() as device:
+        entry = capture(monkeypatch, [True] * 3, "served", PASSES["nothing drafted"], OTHER)
+    assert not device.waits
+    assert entry.region is None
+    assert entry.verified.facts_BF is None
+    assert entry.verified.committed() == [1, 1, 1]
