@@ -79,21 +79,19 @@ def _capture_verify(batch: Any, result: Any) -> None:
     picked = [b for b, one in admitted if one.left_out is None]
     if not counted:
         return
-    facts_BF, states = None, {}
-    if picked or R > 1:
-        facts = [batch.seq_lens[:, None], result.accept_lens[:, None], drafted_BD]
-        if picked and not chain:
+    facts, states = [batch.seq_lens[:, None], result.accept_lens[:, None], drafted_BD], {}
+    if picked:
+        if not chain:
             # SGLang has moved a tree's accepted path to the front of the aux states, but not of the last hidden states.
             path_BR = result.accept_index.long()
             path_BR = torch.where(path_BR < 0, path_BR[:, :1], path_BR)  # beyond the accepted: rows of its own
             aux_N3H, last_NH = aux_N3H.view(B, D, -1)[:, :R].flatten(0, 1), last_NH[path_BR.view(-1)]
             facts.append(drafted_BD.view(-1)[path_BR])
-        facts_BF = torch.cat(facts, 1)
-    if picked:
         if len(picked) < B:
             rows = _at_once(torch.tensor(picked), aux_N3H.device)
             aux_N3H, last_NH = (t.view(B, R, -1)[rows].flatten(0, 1) for t in (aux_N3H, last_NH))
         states = {"aux_N3H": aux_N3H, "last_NH": last_NH}
+    facts_BF = torch.cat(facts, 1) if picked or R > 1 else None
     requests = [one.request for _, one in admitted if one.left_out is None]
     served = [one.request for _, one in admitted if one.request.is_counted]
     slices, prompts = [request.slice for request in served], [request.prompt_tokens for request in served]

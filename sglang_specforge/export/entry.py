@@ -32,7 +32,7 @@ class Prefilled(NamedTuple):
 class Verified:
     """What the verification decided, of all requests of the pass."""
 
-    requests: int
+    batch_size: int
     rows_per_request: int
     chain: bool  # or a tree
     # int64: position of the request's first row, rows accepted, its D drafted tokens (a chain's R rows are of these)

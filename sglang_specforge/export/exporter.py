@@ -173,7 +173,7 @@ class Exporter:
             self._acceptance.count(
                 version, committed, verified.slices, verified.prompts, verified.window, verified.standings
             )
-        self.pace.count(version, verified.drafted, verified.requests, verified.seconds, committed)
+        self.pace.count(version, verified.drafted, verified.batch_size, verified.seconds, committed)
 
     def _announce(self, ends: list[Finished]) -> None:
         self._unsent += ends

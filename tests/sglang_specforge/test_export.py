@@ -165,6 +165,21 @@ def test_a_long_pass_arrives_in_pieces_and_its_memory_comes_back_with_the_last(e
     socket.close()
 
 
+def test_what_was_captured_for_a_reader_goes_to_it_though_another_has_asked_meanwhile(endpoint, monkeypatch):
+    socket = zmq.Context.instance().socket(zmq.PULL)
+    socket.bind(endpoint)
+    exporter, copier = exporting(endpoint, 1 << 16)
+    wait_for(lambda: exporter.counters()["closed"] is None)
+    sent_before = []
+    monkeypatch.setattr(exporter, "_turn_to", lambda reader: sent_before.append(exporter.counters()["sent"]))
+    exporter.capture(prefill(copier)[0])
+    exporter.reader = 1
+    wait_for(lambda: sent_before)
+    assert sent_before == [5]
+    exporter.stop()
+    socket.close()
+
+
 def test_nothing_is_captured_while_nobody_listens_and_what_is_under_way_then_is_counted(endpoint):
     exporter, copier = exporting(endpoint, 1024)
     assert not picks(exporter, Request("a", 5), 160)
