@@ -31,6 +31,7 @@ from transformers import AutoConfig, AutoTokenizer
 from sglang_specforge.client import run_of, wait_until_captured
 from sglang_specforge.contracts.control import TokenLedger
 from sglang_specforge.contracts.frames import decode
+from sglang_specforge.contracts.spans import alias_in
 from sglang_specforge.settings import Run
 from sglang_specforge.traffic import stream_prompts
 from trainer.assemble import Assembler
@@ -56,7 +57,7 @@ class Ingest:
     def take(self, frames: list[zmq.Frame]) -> None:
         started = time.thread_time()
         for sample in self._assembler.add(*decode([frame.buffer for frame in frames])):
-            self.samples[sample.rid] = sample
+            self.samples[alias_in(sample.rid)] = sample
         self.seconds += time.thread_time() - started
 
 

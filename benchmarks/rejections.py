@@ -26,6 +26,7 @@ from rich.table import Table
 from sglang_specforge.checkpoint import save_checkpoint
 from sglang_specforge.client import ask, run_of, wait_until_captured
 from sglang_specforge.contracts.control import TokenLedger
+from sglang_specforge.contracts.spans import alias_in
 from sglang_specforge.server_process import ServerProcess
 from sglang_specforge.traffic import stream_prompts
 from sglang_specforge.training_settings import Job, Speculation, TrainingSettings
@@ -62,7 +63,7 @@ def listen(server: ServerProcess, inbox: Inbox, prompts: list[str]) -> list[Samp
     with ThreadPoolExecutor(6) as pool:
         answers = [pool.submit(answer_of, text) for text in prompts]
         while not all(answer.done() and answer.result() in samples for answer in answers):
-            samples |= {sample.rid: sample for sample in inbox.receive(0.2)}
+            samples |= {alias_in(sample.rid): sample for sample in inbox.receive(0.2)}
     return [samples[answer.result()] for answer in answers]
 
 

@@ -19,7 +19,7 @@ Travel = Literal["served", "bfloat16", "float8"]  # how states go: as the target
 class Span(msgspec.Struct, array_like=True, frozen=True):
     """Consecutive positions of one request, captured by one forward pass."""
 
-    rid: str  # the request's alias (``settings.Run.alias``), here and in ``Finished``
+    rid: str  # the request's alias, and a number, as ids may be given again (``numbered``); here and in ``Finished``
     start: int  # position of the first token
     length: int
     row: int  # first of ``length`` rows in the tensors
@@ -29,6 +29,16 @@ class Span(msgspec.Struct, array_like=True, frozen=True):
     rejected: int = -1  # token that the draft proposed for the position after the span, and the target did not take
     prefix: bytes = b""  # with a request's first span: the int32 tokens below ``start``, not computed by this server
     slice: str = ""  # the request's label: what sampling weights and evaluation tell apart
+
+
+def numbered(alias: str, number: int) -> str:
+    """What one request is called, of all that are given the same id."""
+    return f"{alias}-{number}"
+
+
+def alias_in(rid: str) -> str:
+    """``settings.Run.alias`` of the id, by which whoever sent the request knows it."""
+    return rid.rpartition("-")[0]
 
 
 class TensorLayout(msgspec.Struct, array_like=True, frozen=True):

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from sglang_specforge.contracts.spans import numbered
 from sglang_specforge.export.acceptance import CARRIED_OVER_PASSES, Standing
 from sglang_specforge.export.ring import HostRing
 
@@ -29,7 +30,7 @@ class ServedRequest(Protocol):
     """A request of the server: what does not change from its first pass on, and how it ended (exporter thread)."""
 
     rid: str
-    alias: str  # what it is called in the stream
+    alias: str  # what it is called in the stream; ``Admission`` gives it a number, so that no other is called so
     prompt_tokens: int
     cached_tokens: int
     prompt: Sequence[int]  # its tokens, where another server prefills it; else nothing
@@ -47,6 +48,7 @@ class Admitted:
     """A request from its first pass to its end."""
 
     request: ServedRequest
+    own: Any  # the server's, which it is known by: users give ids, and may give one again
     drawn: float
     left_out: str | None = None  # why it is not captured, or not any more
     aborted: bool = False
@@ -105,7 +107,8 @@ class Admission:
         self.cut: deque[str] = deque()  # aliases, for the exporter thread to announce
         self._ring, self._describe, self._sample, self._max_bytes_s = ring, describe, sample, max_bytes_s
         self._share, self._lowered_by = sample, ""
-        self._requests: dict[str, Admitted] = {}
+        self._begun = 0
+        self._requests: dict[int, Admitted] = {}  # by the identity of the server's own
         self._random, self._clock = random.Random(seed), clock
         self._spare = max_bytes_s  # bytes that may be captured at once; negative after too much
         self._spent, self._looked_s, self._judged_s = 0, clock(), clock()
@@ -116,11 +119,11 @@ class Admission:
         return self._share
 
     def pick(self, requests: Sequence[Any], nbytes: Sequence[int]) -> list[Admitted]:
-        """The pass's requests (each with its ``rid``), given the bytes that each would take. Those that are not
-        ``left_out`` are to be captured; together they fit the ring."""
+        """The pass's requests, given the bytes that each would take. Those that are not ``left_out`` are to be
+        captured; together they fit the ring."""
         self._watch_budget()
         known = self._requests
-        admitted = [known.get(r.rid) or self._begin(r) for r in requests]
+        admitted = [known.get(id(r)) or self._begin(r) for r in requests]
         captured = [(one, size) for one, size in zip(admitted, nbytes, strict=True) if one.left_out is None]
         if (closed := self.closed) is not None:  # read once: the exporter thread may change it at any time
             self._cut([one for one, _ in captured], closed)
@@ -134,14 +137,15 @@ class Admission:
 
     def abort(self, rid: str) -> None:
         """The request ends without another pass."""
-        if (admitted := self._requests.get(rid)) is not None:
-            admitted.aborted = True
+        for admitted in list(self._requests.values()):
+            if admitted.request.rid == rid:
+                admitted.aborted = True
 
     def take_ended(self) -> list[Admitted]:
         """Requests that have ended since the last call (exporter thread)."""
         ended = [a for a in list(self._requests.values()) if a.has_ended]
         for admitted in ended:
-            del self._requests[admitted.request.rid]
+            del self._requests[id(admitted.own)]
         return ended
 
     def status(self) -> dict[str, Any]:
@@ -153,7 +157,10 @@ class Admission:
 
     def _begin(self, request: Any) -> Admitted:
         served = self._describe(request)
-        admitted = self._requests[served.rid] = Admitted(served, self._random.random(), served.refusal)
+        self._begun += 1
+        served.alias = numbered(served.alias, self._begun)
+        admitted = Admitted(served, request, self._random.random(), served.refusal)
+        self._requests[id(request)] = admitted
         if admitted.left_out is None and (closed := self.closed) is not None:
             admitted.left_out = closed
         elif admitted.left_out is None and admitted.drawn >= self._share:

@@ -12,7 +12,7 @@ import zmq
 from sglang_specforge.client import run_of, wait_until_captured
 from sglang_specforge.contracts.control import TokenLedger
 from sglang_specforge.contracts.frames import decode
-from sglang_specforge.contracts.spans import Captured
+from sglang_specforge.contracts.spans import Captured, alias_in
 from sglang_specforge.prepared import PreparedFile
 from sglang_specforge.training_settings import Job, Speculation, TrainingSettings
 from sglang_specforge.versions import VersionFolder
@@ -107,7 +107,7 @@ def test_a_request_names_its_slice_or_stays_out_of_training(start):
             message, tensors = decode([frame.buffer for frame in socket.recv_multipart(copy=False)])
             if isinstance(message, Captured) and message.spans[0].proposed < 0:
                 assert len(tensors["tokens_N"]) == message.tokens  # nobody else's rows ride along
-            samples.update({sample.rid: sample for sample in assembler.add(message, tensors)})
+            samples.update({alias_in(sample.rid): sample for sample in assembler.add(message, tensors)})
         return set(expected) <= set(samples)
 
     with ThreadPoolExecutor(6) as pool:
@@ -158,7 +158,7 @@ def serve_and_listen(client, texts):
     run, rids, samples = run_of(client.server.url), [f"heard-{i}" for i in range(len(texts))], {}
 
     def hear():
-        samples.update({sample.rid: sample for sample in inbox.receive(0.1)})
+        samples.update({alias_in(sample.rid): sample for sample in inbox.receive(0.1)})
         return set(map(run.alias, rids)) <= set(samples)
 
     def ask(rid, text):

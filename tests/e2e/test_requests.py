@@ -59,6 +59,17 @@ def test_four_answers_to_one_prompt_are_four_requests(client, accounted):
     assert settled(client)["export"][0]["requests"]["captured"] >= seen + 4
 
 
+def test_an_id_that_is_given_again_at_once_is_another_request(client, accounted):
+    seen, past = settled(client)["export"][0]["requests"]["captured"], dropped(client, "past_finish")
+    expected = 0
+    for text in prompts(30, seed=70):  # each as soon as the one before it is answered
+        body = {"text": text, "rid": "the-same", "sampling_params": {"max_new_tokens": 6, "temperature": 0}}
+        told = client.post("/generate", json=body).json()["meta_info"]
+        expected += told["prompt_tokens"] + told["completion_tokens"] - 1
+    assert accounted() - (dropped(client, "past_finish") - past) >= expected
+    assert settled(client)["export"][0]["requests"]["captured"] == seen + 30
+
+
 def test_stop_strings_cut_the_sample_where_the_answer_ends(client, accounted):
     free = client.generate("def main(", 64, ignore_eos=True)
     stop = free["text"][8:11]

@@ -101,7 +101,7 @@ def test_a_block_without_fresh_requests_counts_for_the_rest():
 
 
 def test_the_first_verifications_of_a_running_request_are_left_out_of_a_window():
-    running, new = Admitted(None, 0.0), Admitted(None, 0.0)
+    running, new = Admitted(None, None, 0.0), Admitted(None, None, 0.0)
     running.verify_in(0)
     standings = [running.verify_in(1) for _ in range(CARRIED_OVER_PASSES + 2)]
     assert standings == [Standing.CARRIED_OVER] * CARRIED_OVER_PASSES + [Standing.SETTLED] * 2

@@ -17,10 +17,10 @@ class Request:
     ended: bool = False
     refusal: str | None = None
     is_counted: bool = True
+    alias: str = ""
 
-    @property
-    def alias(self):
-        return self.rid
+    def __post_init__(self):
+        self.alias = self.rid
 
     def is_finished(self):
         return self.ended
@@ -141,7 +141,7 @@ def test_a_full_ring_cuts_the_largest_draws_until_the_pass_fits_and_recovers(clo
     requests = numbered(16)
     picked = pick(made, requests, [64] * 16)
     assert sum(picked) == 8
-    drawn = {rid: one.drawn for rid, one in made._requests.items()}
+    drawn = {one.request.rid: one.drawn for one in made._requests.values()}
     inside = [drawn[r.rid] for r, taken in zip(requests, picked, strict=True) if taken]
     outside = [drawn[r.rid] for r, taken in zip(requests, picked, strict=True) if not taken]
     assert max(inside) < min(outside)
@@ -177,7 +177,7 @@ def test_requests_are_captured_whole_or_not_at_all_when_the_reader_comes_and_goe
     assert pick(made, [early, late], [8, 8]) == [False, True]
     made.closed = "nobody_listening"
     assert pick(made, [early, late], [8, 8]) == [False, False]
-    assert list(made.cut) == ["late"]
+    assert list(made.cut) == ["late-2"]
     made.closed = None
     assert pick(made, [early, late], [8, 8]) == [False, False]
 
@@ -190,7 +190,19 @@ def test_ends_are_told_once_and_nothing_is_remembered(clock):
     made.abort("unknown")
     assert {a.request.rid for a in made.take_ended()} == {"aborted", "done"}
     assert made.take_ended() == []
-    assert list(made._requests) == ["running"]
+    assert [one.request.rid for one in made._requests.values()] == ["running"]
+
+
+def test_an_id_that_is_given_again_at_once_is_another_request(clock):
+    made = admission(clock)
+    first, second = Request("chat"), Request("chat")
+    pick(made, [first], [8])
+    first.ended = True
+    pick(made, [second], [8])
+    assert [(one.request, one.has_ended) for one in made.pick([second], [8])] == [(second, False)]
+    assert first.alias != second.alias
+    assert [one.request for one in made.take_ended()] == [first]
+    assert made.status()["requests"]["captured"] == 2
 
 
 def test_a_reader_that_comes_in_the_middle_of_a_pass_changes_the_next_one(clock):
@@ -206,7 +218,7 @@ def test_a_reader_that_comes_in_the_middle_of_a_pass_changes_the_next_one(clock)
     made.reasons.append("nobody_listening")
     assert pick(made, [request], [100]) == [False]
     assert made.status()["requests"]["left_out"] == {"nobody_listening": 1}
-    assert list(made.cut) == ["0"]
+    assert list(made.cut) == ["0-1"]
     made.reasons.append("nobody_listening")
     late = Request("late")
     assert pick(made, [late], [100]) == [False]

@@ -64,11 +64,12 @@ def exporting(endpoint, ring_bytes):
     return exporter, HostCopier(ring, torch.device("cpu"))
 
 
-def prefill(copier, rid="a", rows=5):
+def prefill(copier, request=None):
+    request = request or Request("a", 5)
+    rows = request.prompt_tokens
     captured = states(rows)
     facts = {"prompt_tokens_N": torch.arange(rows), "prefilled": [Prefilled(0, rows)]}
-    made = copier.copy([Request(rid, rows)], 3, captured, **facts)
-    return made, captured
+    return copier.copy([request], 3, captured, **facts), captured
 
 
 def picks(exporter, request, nbytes):
@@ -82,18 +83,18 @@ def test_what_is_captured_arrives_bit_by_bit(endpoint):
     wait_for(lambda: exporter.counters()["closed"] is None)
     request = Request("a", 5)
     assert picks(exporter, request, 5 * 4 * H * 2)
-    entry, captured = prefill(copier)
+    entry, captured = prefill(copier, request)
     exporter.capture(entry)
     request.ended = True
 
     message, tensors = decode([f.buffer for f in socket.recv_multipart(copy=False)])
-    assert message.spans == [spans.Span("a", 0, 5, 0, 5, 0)]
+    assert message.spans == [spans.Span("a-1", 0, 5, 0, 5, 0)]
     assert (message.draft_version, message.sent_before, message.stream) == (3, 0, exporter.stream)
     assert torch.equal(tensors["aux_N3H"], captured["aux_N3H"])
     assert torch.equal(tensors["last_NH"], captured["last_NH"])
     assert tensors["tokens_N"].tolist() == [0, 1, 2, 3, 4]
     end, _ = decode([f.buffer for f in socket.recv_multipart(copy=False)])
-    assert (end.rid, end.total_tokens, end.sent_before) == ("a", 5, 5)
+    assert (end.rid, end.total_tokens, end.sent_before) == ("a-1", 5, 5)
     del tensors
     wait_for(lambda: exporter.ring.used_bytes == 0)
     exporter.stop()
@@ -149,8 +150,9 @@ def test_a_long_pass_arrives_in_pieces_and_its_memory_comes_back_with_the_last(e
     socket.bind(endpoint)
     exporter, copier = exporting(endpoint, 1 << 24)
     wait_for(lambda: exporter.counters()["closed"] is None)
-    assert picks(exporter, Request("a", rows), rows * 4 * H * 2)
-    entry, captured = prefill(copier, rows=rows)
+    request = Request("a", rows)
+    assert picks(exporter, request, rows * 4 * H * 2)
+    entry, captured = prefill(copier, request)
     exporter.capture(entry)
     wait_for(lambda: exporter.counters()["sent"] == rows)
     assert exporter.ring.used_bytes == rows * 4 * H * 2
@@ -201,7 +203,7 @@ def test_a_reader_that_stops_reading_costs_requests_and_never_a_wait(endpoint):
     wanted = [Request(str(i), 1000) for i in range(400)]
     for request in wanted:
         if picks(exporter, request, 1000 * 4 * H * 2):
-            exporter.capture(prefill(copier, request.rid, rows=1000)[0])
+            exporter.capture(prefill(copier, request)[0])
         request.ended = True
     left_out = exporter.counters()["requests"]["left_out"]
     assert left_out["ring_full"] > 0

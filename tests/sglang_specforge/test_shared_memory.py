@@ -58,7 +58,7 @@ def serve(exporter, copier, rid, rows=5):
     wait_for(lambda: exporter.counters()["closed"] is None)
     request = Request(rid, rows)
     assert picks(exporter, request, rows * ROW_BYTES)
-    entry, states = prefill(copier, rid, rows)
+    entry, states = prefill(copier, request)
     exporter.capture(entry)
     request.ended = True
     return states

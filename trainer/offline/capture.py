@@ -17,6 +17,7 @@ import torch
 from sglang_specforge.client import connection, failure, wait_until_captured
 from sglang_specforge.contracts.control import TokenLedger
 from sglang_specforge.contracts.frames import Expected
+from sglang_specforge.contracts.spans import alias_in
 from sglang_specforge.prepared import Prepared
 from sglang_specforge.settings import Run
 from trainer.assemble import Assembler
@@ -127,11 +128,12 @@ class Capture:
         self._client.post("/generate", json=body).raise_for_status()
 
     def _store(self, sample: Sample) -> None:
-        sent = self._under_way.get(sample.rid)
+        alias = alias_in(sample.rid)
+        sent = self._under_way.get(alias)
         if sent is None:
             return  # another client's request
         if sample.start or sample.tokens_T.tolist() != sent.sequence.input_ids:
-            self._retry(sample.rid, "its states came incomplete")
+            self._retry(alias, "its states came incomplete")
             return
         mask_T = torch.tensor(sent.sequence.loss_mask)
         generated_T = torch.cat([mask_T[1:], torch.zeros(1, dtype=torch.bool)])
@@ -141,7 +143,7 @@ class Capture:
         )
         self.report.stored += 1
         self.report.stored_tokens += len(sample)
-        del self._under_way[sample.rid]
+        del self._under_way[alias]
 
     def _look_after_answers(self) -> None:
         now_s = time.monotonic()
