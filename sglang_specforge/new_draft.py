@@ -31,6 +31,8 @@ _TRAINABLE: dict[str, tuple[Any, ...]] = {
 Recipe = Literal["eagle3", "eagle3.1"]
 RECIPES: dict[Recipe, dict[str, Any]] = {"eagle3": {}, "eagle3.1": {"fc_norm": True, "norm_output": True}}
 _OWN = ("intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rope_parameters")
+_ROTARY = ("default", "dynamic", "linear", "llama3", "longrope", "yarn")
+_OF_IMAGES = ("mrope_section", "mrope_interleaved")
 _COPIED = ("rms_norm_eps", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -210,9 +212,16 @@ def draft_config(target: PretrainedConfig, draft_vocab_size: int, dtype: str, fi
 
 
 def _rope_parameters(target: PretrainedConfig) -> dict[str, Any]:
-    """The target's, or those of its layers with full attention where they have others than the rest."""
+    """The target's, or those of its layers with full attention where they have others than the rest.
+
+    A draft turns the whole of a head, by one position a token: of a target that turns a part it has the base alone, of
+    one that reads images nothing of their rows and columns, which for text are that one position.
+    """
     found = target.rope_parameters
-    return dict(found.get("full_attention", found))
+    found = found.get("full_attention", found)
+    if found["rope_type"] not in _ROTARY or found.get("partial_rotary_factor", 1.0) != 1.0:
+        return {"rope_type": "default", "rope_theta": found["rope_theta"]}
+    return {name: value for name, value in found.items() if name not in _OF_IMAGES}
 
 
 def _name(dtype: torch.dtype) -> str:

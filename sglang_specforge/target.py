@@ -14,6 +14,9 @@ _BLOCKS, _BLOCK_BYTES = 64, 4096
 _READ = ("*.json", "*.safetensors", "*.py", "pytorch_model.bin")  # some drafts are there in the last alone
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16)
 _QUANTIZED = ("qweight", "weight_packed")  # GPTQ and AWQ; compressed-tensors
+# Where families have them: models of text, and those that read images too.
+_EMBEDDING = ("model.embed_tokens", "model.language_model.embed_tokens", "language_model.model.embed_tokens")
+_HEAD = ("lm_head", "language_model.lm_head")
 
 
 class TargetError(ValueError):
@@ -59,6 +62,15 @@ def load_target_config(folder: Path) -> PretrainedConfig:
     return config
 
 
+def final_softcap(config: PretrainedConfig) -> float | None:
+    """What bounds the target's logits (Gemma): ``softcap * tanh(logits / softcap)``; None: nothing.
+
+    As ``LogitsProcessor`` of SGLang reads it.
+    """
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return softcap if softcap and softcap > 0 else None
+
+
 def fingerprint_target(folder: Path) -> str:
     """Identity of the target's weights: sha256 (hex, 16 digits) over every safetensors header and sampled blocks.
 
@@ -83,24 +95,29 @@ def load_embedding_and_head(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
     Raises:
         TargetError: the embedding is missing, or one of the two is quantized (the other layers may be).
     """
-    embed_VH, head_VH = (_load_weight(folder, module) for module in ("model.embed_tokens", "lm_head"))
+    files = _files_by_tensor(folder)
+    embed_VH, head_VH = (_load_weight(files, folder, modules) for modules in (_EMBEDDING, _HEAD))
     if embed_VH is None:
-        raise TargetError(f"target {folder} has no tensor model.embed_tokens.weight")
+        raise TargetError(f"target {folder} has no embedding that is known here: {', '.join(_EMBEDDING)}")
     return embed_VH, embed_VH if head_VH is None else head_VH
 
 
-def _load_weight(folder: Path, module: str) -> torch.Tensor | None:
-    weight = _load_tensor(folder, f"{module}.weight")
-    if weight is None:
-        packed = next((name for name in _QUANTIZED if _load_tensor(folder, f"{module}.{name}") is not None), None)
-    else:
-        packed = None if weight.dtype in _PLAIN else f"weight of {weight.dtype}"
-    if packed:
-        raise TargetError(
-            f"target {folder} has a quantized {module} ({packed}), which a draft cannot be trained against; give a "
-            "checkpoint whose embedding and lm_head are not quantized"
-        )
-    return weight
+def _load_weight(files: dict[str, Path], folder: Path, modules: tuple[str, ...]) -> torch.Tensor | None:
+    """Of the module that the target has of these."""
+    for module in modules:
+        packed, weight = next((name for name in _QUANTIZED if f"{module}.{name}" in files), None), None
+        if file := files.get(name := f"{module}.weight"):
+            with safe_open(file, "pt") as tensors:
+                weight = tensors.get_tensor(name)
+            packed = None if weight.dtype in _PLAIN else f"weight of {weight.dtype}"
+        if packed:
+            raise TargetError(
+                f"target {folder} has a quantized {module} ({packed}), which a draft cannot be trained against; give a "
+                "checkpoint whose embedding and lm_head are not quantized"
+            )
+        if weight is not None:
+            return weight
+    return None
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -110,15 +127,12 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _load_tensor(folder: Path, name: str) -> torch.Tensor | None:
+def _files_by_tensor(folder: Path) -> dict[str, Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        file = json.loads(index.read_text())["weight_map"].get(name)
-        files = [folder / file] if file else []
-    else:
-        files = _weight_files(folder)
-    for file in files:
+        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    found = {}
+    for file in _weight_files(folder):
         with safe_open(file, "pt") as tensors:
-            if name in tensors.keys():  # noqa: SIM118 - safe_open is no mapping
-                return tensors.get_tensor(name)
-    return None
+            found |= dict.fromkeys(tensors.keys(), file)
+    return found

@@ -35,11 +35,14 @@ def extend_attention_cpu(
 ) -> None:
     """New tokens attend to their whole sequence, whose keys are already in the cache; fills ``out_THD``.
 
-    ``tree_mask`` (B*E*E bools, every request extending by E) replaces causality among the new tokens.
+    ``tree_mask`` (B*E*E bools, every request extending by E) replaces causality among the new tokens. Of multi-head
+    latent attention, whose cache holds no head's keys, prompts without a prefix come with keys and values of their own;
+    anything else comes absorbed, as one key head.
     """
     _refuse_cross_attention("extend_attention_cpu", is_cross_attention)
     B, (least, E) = extend_seq_lens.numel(), map(int, extend_seq_lens.aminmax())
-    if least == E == 1:  # a verification that nothing was drafted for
+    of_heads = k_TGD is not None and k_TGD.shape[1:] != k_buffer.shape[1:]
+    if least == E == 1 and not of_heads:  # a verification that nothing was drafted for
         unused = seq_lens
         decode_attention_cpu(
             q_THD, k_buffer, v_buffer, k_scale, v_scale, out_THD, None, None, unused, unused, req_to_token,
@@ -73,9 +76,14 @@ def extend_attention_cpu(
     if sliding_window > 0:
         mask_BES = mask_BES & (query_position_BE1 - key_position_BXS < sliding_window)
 
-    k_BSGD, v_BSGD = _gather_kv(
-        k_buffer, v_buffer, k_scale, v_scale, req_to_token, req_pool_indices, S, seq_lens, q_THD.dtype
-    )
+    if of_heads:
+        if prefix_B11.any():
+            raise NotImplementedError("sgl_kernel.extend_attention_cpu: a prefix of latents beside keys of heads")
+        k_BSGD, v_BSGD = k_TGD[flat_BE], v_TGD[flat_BE]
+    else:
+        k_BSGD, v_BSGD = _gather_kv(
+            k_buffer, v_buffer, k_scale, v_scale, req_to_token, req_pool_indices, S, seq_lens, q_THD.dtype
+        )
     out_BEHD = _attend(q_THD[flat_BE], k_BSGD, v_BSGD, mask_BES.expand(B, E, S), scaling, logit_cap, sinks)
     out_THD[flat_BE[valid_BE]] = out_BEHD[valid_BE].to(out_THD.dtype)
 

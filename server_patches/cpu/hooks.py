@@ -4,6 +4,7 @@ is idle under DP attention, pages of one token when they speculate, and one draf
 Shapes: T tokens, H hidden, K experts a token, P pairs of a token and an expert of this rank.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import sglang.srt.arg_groups.overrides as overrides
@@ -28,9 +29,7 @@ def register_hooks() -> None:
     HookRegistry.register(
         "sglang.srt.distributed.device_communicators.pynccl_wrapper.NCCLLibrary.__init__", _no_nccl, HookType.BEFORE
     )
-    HookRegistry.register(
-        "sglang.srt.layers.moe.fused_moe_native.moe_forward_native", _run_local_experts, HookType.AROUND
-    )
+    HookRegistry.register("sglang.srt.layers.moe.fused_moe_native.moe_forward_native", _run_experts, HookType.AROUND)
     HookRegistry.register(
         "sglang.srt.layers.rotary_embedding.base.RotaryEmbedding.forward_native", _rotate_some, HookType.AROUND
     )
@@ -88,20 +87,22 @@ def _send_indices_at_once(result: None, sender: Any, *args: Any, **kwargs: Any) 
     sender.supports_host_tensor_indices = False
 
 
-def _run_local_experts(original: Any, layer: Any, x_TH: Tensor, topk_output: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """Under EP, id -1 marks an expert of another rank, which adds its share itself: compute the others.
+def _run_experts(original: Any, layer: Any, x_TH: Tensor, topk_output: Any, config: Any) -> Tensor:
+    """What SGLang's native experts lack. Under EP, id -1 marks an expert of another rank, which adds its share itself:
+    compute the others. With ``apply_router_weight_on_input`` (Llama 4) an expert reads its tokens weighted.
 
     Each (token, local expert) pair P goes through as a token with one expert, so that no id has to stand in for -1.
     """
-    local_TK = topk_output.topk_ids >= 0
-    if local_TK.all():
-        return original(layer, x_TH, topk_output, *args, **kwargs)
+    local_TK, weighs_input = topk_output.topk_ids >= 0, config.apply_router_weight_on_input
+    if local_TK.all() and not weighs_input:
+        return original(layer, x_TH, topk_output, config)
     out_TH = torch.zeros_like(x_TH)
     token_P, slot_P = local_TK.nonzero(as_tuple=True)
     if token_P.numel():
-        pairs = topk_output._replace(
-            topk_ids=topk_output.topk_ids[token_P, slot_P, None],
-            topk_weights=topk_output.topk_weights[token_P, slot_P, None],
-        )
-        out_TH.index_add_(0, token_P, original(layer, x_TH[token_P], pairs, *args, **kwargs))
+        x_PH, weight_P1 = x_TH[token_P], topk_output.topk_weights[token_P, slot_P, None]
+        if weighs_input:
+            x_PH, weight_P1 = (x_PH * weight_P1).to(x_PH.dtype), torch.ones_like(weight_P1)
+            config = replace(config, apply_router_weight_on_input=False)
+        pairs = topk_output._replace(topk_ids=topk_output.topk_ids[token_P, slot_P, None], topk_weights=weight_P1)
+        out_TH.index_add_(0, token_P, original(layer, x_PH, pairs, config))
     return out_TH

@@ -14,6 +14,13 @@ from typing import Any
 
 PORTED_VERSION = "0.4.10"  # the sgl_kernel release whose signatures these kernels follow
 _TORCH_OPS = ("extend_attention_cpu", "decode_attention_cpu")
+# What SGLang looks up while its module for Qwen3.5 is imported, as those for all that read images like Qwen's do.
+_LOOKED_UP_AT_IMPORT = (
+    "fused_qk_gemma_rmsnorm_cpu",
+    "fused_qk_gemma_rmsnorm_with_gate_cpu",
+    "fused_qkvzba_split_reshape_cat_contiguous_cpu",
+    "fused_sigmoid_mul_cpu",
+)
 
 
 def activate() -> None:
@@ -66,6 +73,8 @@ def install_kernels() -> None:
     sys.modules["sgl_kernel"] = module
     for name in _TORCH_OPS:
         setattr(torch.ops.sgl_kernel, name, kernels[name])
+    for name in _LOOKED_UP_AT_IMPORT:
+        setattr(torch.ops.sgl_kernel, name, _uncovered(name))
 
 
 def portable_kernels() -> dict[str, Callable[..., Any]]:

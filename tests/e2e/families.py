@@ -1,10 +1,30 @@
-"""Tiny random targets of each family, made by transformers: 8 layers, a vocabulary of 1024, 64 wide."""
+"""Tiny random targets of each family, made by transformers: 8 layers, 64 wide, the tiny target's tokens."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    Gemma4AudioFeatureExtractor,
+    Gemma4ImageProcessor,
+    Gemma4Processor,
+    Gemma4VideoProcessor,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
 
+Fields = Mapping[str, Any]
+_TOKENIZER = Path(__file__).parents[2] / "examples" / "tiny_target"
 _COMMON = {
     "vocab_size": 1024, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 512, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2,
@@ -14,41 +34,161 @@ _EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
 _LATENT = {
     "q_lora_rank": None, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16,
     "num_key_value_heads": 4, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1,
-    "topk_group": 1, "topk_method": "greedy", "norm_topk_prob": True, "moe_layer_freq": 1,
-    "scoring_func": "softmax", **_EXPERTS,
+    "topk_group": 1, "norm_topk_prob": True, "moe_layer_freq": 1, **_EXPERTS,
+}  # fmt: skip
+_DEEPSEEK = {
+    **_LATENT, "topk_method": "greedy", "scoring_func": "softmax",
     "rope_parameters": {
         "rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 256, "mscale": 1.0,
         "mscale_all_dim": 1.0,
     },
 }  # fmt: skip
+_QWEN_MARKS = {
+    "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>", "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+}  # fmt: skip
+_MARKS = {"image_token_index": "<image>", "boi_token_index": "<image_begin>", "eoi_token_index": "<image_end>"}
+_VISION = {"hidden_size": 32, "intermediate_size": 64}
+_QWEN_VISION = {**_VISION, "depth": 2, "num_heads": 2, "out_hidden_size": 64}
+_SIGLIP = {**_VISION, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+
+
+@dataclass(frozen=True)
+class Family:
+    """``text`` differs from ``_COMMON``; ``vision`` is the configuration of what reads images, where anything does."""
+
+    model_type: str
+    text: Fields = field(default_factory=dict)
+    vision: Fields | None = None
+    marks: Fields = field(default_factory=dict)  # tokens around images, by the names of their ids in the configuration
+    flags: tuple[str, ...] = ("--dtype", "float32")  # of the server
+
+    @property
+    def tied(self) -> bool:
+        return self.text.get("tie_word_embeddings", False)
+
+
 FAMILIES = {
-    "llama": {"model_type": "llama", "head_dim": 16},
-    "qwen2": {"model_type": "qwen2"},
-    "qwen3": {"model_type": "qwen3", "head_dim": 16},
-    "qwen3_moe": {"model_type": "qwen3_moe", "head_dim": 16, "num_experts": 4, **_EXPERTS},
-    "deepseek_v2": {"model_type": "deepseek_v2", **_LATENT},
-    "deepseek_v3": {"model_type": "deepseek_v3", **_LATENT, "topk_method": "noaux_tc", "scoring_func": "sigmoid"},
-    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
-    "gpt_oss": {
-        "model_type": "gpt_oss", "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2,
-        "intermediate_size": 64,
-    },
-    "gemma3": {"model_type": "gemma3_text", "head_dim": 16, "tie_word_embeddings": True},
-    "phi3": {"model_type": "phi3"},
-    "llama4": {
-        "model_type": "llama4_text", "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 1,
-        "intermediate_size_mlp": 128,
-    },
+    "llama": Family("llama", {"head_dim": 16}),
+    "qwen2": Family("qwen2"),
+    "qwen3": Family("qwen3", {"head_dim": 16}),
+    "qwen3_moe": Family("qwen3_moe", {"head_dim": 16, "num_experts": 4, **_EXPERTS}),
+    "deepseek_v2": Family("deepseek_v2", _DEEPSEEK),
+    "deepseek_v3": Family("deepseek_v3", {**_DEEPSEEK, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}),
+    "mixtral": Family("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_oss": Family(
+        "gpt_oss",
+        {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 64},
+        flags=("--dtype", "float32", "--moe-runner-backend", "triton"),  # its default loads no bf16 experts on a CPU
+    ),
+    "gemma3": Family("gemma3_text", {"head_dim": 16, "tie_word_embeddings": True}),
+    "phi3": Family("phi3"),
+    "glm4_moe_lite": Family("glm4_moe_lite", {**_LATENT, "q_lora_rank": 32}),
+    "glm4_moe": Family(
+        "glm4_moe",
+        {
+            "head_dim": 16, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1,
+            "topk_group": 1, **_EXPERTS,
+        },
+    ),
+    "llama4": Family(
+        "llama4",
+        {
+            "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 128,
+            "attention_chunk_size": 256,
+        },
+        {**_SIGLIP, "vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64},
+        _MARKS,
+        flags=("--dtype", "bfloat16"),  # SGLang computes its attention in nothing else
+    ),
+    "gemma3_images": Family(
+        "gemma3",
+        {"head_dim": 16, "tie_word_embeddings": True},
+        {**_SIGLIP, "vision_use_head": False},
+        _MARKS,
+    ),
+    "gemma4": Family(
+        "gemma4",
+        {
+            "head_dim": 16, "global_head_dim": 16, "tie_word_embeddings": True, "hidden_size_per_layer_input": 0,
+            "num_kv_shared_layers": 0, "final_logit_softcapping": 30.0,
+        },
+        {**_VISION, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16},
+        {"image_token_id": "<image>", "boi_token_id": "<boi>", "eoi_token_id": "<eoi>"},
+    ),
+    "apertus": Family("apertus"),
+    "qwen2_5_vl": Family(
+        "qwen2_5_vl",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2]}},
+        {**_QWEN_VISION, "fullatt_block_indexes": [1]},
+        _QWEN_MARKS,
+    ),
+    "qwen3_vl": Family(
+        "qwen3_vl",
+        {
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "mrope_interleaved": True,
+            },
+        },
+        {**_QWEN_VISION, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
+        _QWEN_MARKS,
+    ),
 }  # fmt: skip
 
 
+def _qwen2_5_processor(tokenizer: Any) -> Any:
+    images = Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=56 * 56)
+    template = tokenizer.chat_template
+    return Qwen2_5_VLProcessor(images, tokenizer, Qwen2VLVideoProcessor(), chat_template=template)
+
+
+def _qwen3_processor(tokenizer: Any) -> Any:
+    images = Qwen2VLImageProcessor(patch_size=16, min_pixels=32 * 32, max_pixels=64 * 64)
+    template = tokenizer.chat_template
+    return Qwen3VLProcessor(images, tokenizer, Qwen3VLVideoProcessor(patch_size=16), chat_template=template)
+
+
+def _gemma4_processor(tokenizer: Any) -> Any:
+    names = ("image", "boi", "eoi", "audio", "boa", "eoa", "video")
+    marks = {f"{name}_token": f"<{name}>" for name in names}
+    tokenizer = AutoTokenizer.from_pretrained(_TOKENIZER, extra_special_tokens=marks)
+    reads = (Gemma4AudioFeatureExtractor(), Gemma4ImageProcessor(), tokenizer, Gemma4VideoProcessor())
+    return Gemma4Processor(*reads, chat_template=tokenizer.chat_template)
+
+
+# SGLang starts without one of the others.
+_PROCESSORS = {"gemma4": _gemma4_processor, "qwen2_5_vl": _qwen2_5_processor, "qwen3_vl": _qwen3_processor}
+
+
 def make_target(family: str, folder: Path) -> Path:
-    """A model of the family in ``folder``, without a tokenizer."""
+    """A model of the family in ``folder``: without a tokenizer, unless it reads images."""
     torch.manual_seed(0)
-    fields = {**_COMMON, **FAMILIES[family]}
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+    made = FAMILIES[family]
+    text = {**_COMMON, **made.text}
+    if made.vision is None:
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(made.model_type, **text)).float().save_pretrained(folder)
+        return folder
+    tokenizer = AutoTokenizer.from_pretrained(_TOKENIZER)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(made.marks.values())})
+    text["vocab_size"] = len(tokenizer)
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in made.marks.items()}
+    config = AutoConfig.for_model(
+        made.model_type, text_config=text, vision_config=made.vision, tie_word_embeddings=made.tied, **ids
+    )
+    AutoModelForImageTextToText.from_config(config).float().save_pretrained(folder)
+    if family == "gemma3_images":
+        _name_as_published(folder / "model.safetensors")
+    if make_processor := _PROCESSORS.get(made.model_type):
+        make_processor(tokenizer).save_pretrained(folder)
     return folder
+
+
+def _name_as_published(file: Path) -> None:
+    """As Gemma 3 has its vision tower on Hugging Face and SGLang reads it; newer versions of transformers do not."""
+    tensors = load_file(file)
+    old, new = "vision_tower.", "vision_tower.vision_model."
+    save_file({name.replace(old, new): tensor for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import random
 import pytest
 
 from tests.e2e.conftest import assert_every_token_is_accounted_for, settled, wait_for
-from tests.e2e.families import make_target
+from tests.e2e.families import FAMILIES, make_target
 
 TRAINING = {
     "publish-every-s": 2, "batch-tokens": 128, "ttt-steps": 3, "holdout-every": 2, "loss-on": "all",
@@ -18,12 +18,11 @@ TRAINING = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe", "gemma3", "phi3"])
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {"mixtral"}))
 def test_states_of_the_family_train_a_draft_that_sglang_loads(start, tmp_path, family):
     target = make_target(family, tmp_path / "target")
-    client = start(
-        "--dtype", "float32", "--skip-tokenizer-init", "--disable-radix-cache", training=TRAINING, model=target
-    )
+    flags = FAMILIES[family].flags
+    client = start(*flags, "--skip-tokenizer-init", "--disable-radix-cache", training=TRAINING, model=target)
     rng = random.Random(0)
 
     def enough():
@@ -34,6 +33,7 @@ def test_states_of_the_family_train_a_draft_that_sglang_loads(start, tmp_path, f
 
     wait_for("twenty steps, a swap and 50 compared proposals", enough, 180)
     status = settled(client)
-    assert status["trainer"]["parity"]["agreed"] == status["trainer"]["parity"]["compared"]
+    parity, rounds = status["trainer"]["parity"], "bfloat16" in flags
+    assert parity["agreed"] >= (0.99 if rounds else 1) * parity["compared"]
     assert status["draft"]["refused"] == {}
     assert_every_token_is_accounted_for(status)

@@ -152,6 +152,55 @@ def test_extend_attention(seed, kind, logit_cap, window):
             torch.testing.assert_close(out[start[b] + e].double(), wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("seed", SEEDS)
+def test_prompts_of_latent_attention_bring_keys_of_their_own(seed):
+    torch.manual_seed(seed)
+    B, H, D, V = 4, 6, 8, 5
+    cache = Cache(B, 1, 12, torch.float32)
+    cache.seq_lens[0] = 1
+    start, T = cache.seq_lens.cumsum(0) - cache.seq_lens, int(cache.seq_lens.sum())
+    q, k, v, out = torch.randn(T, H, D), torch.randn(T, H, D), torch.randn(T, H, V), torch.zeros(T, H, V)
+
+    def extend(extended):
+        attention.extend_attention_cpu(
+            q, k, v, out, cache.k, cache.v, 1.0, 1.0, cache.req_to_token, cache.req_pool_indices, cache.seq_lens,
+            extended, start, int(extended.max()), D**-0.5, 0.0, False, 0, None,
+        )  # fmt: skip
+
+    extend(cache.seq_lens)
+    for b, length in enumerate(cache.seq_lens):
+        own = slice(start[b], start[b] + length)
+        for e in range(length):
+            wanted = naive.attend_one(q[own][e], k[own], v[own], torch.arange(length) <= e, D**-0.5, 0.0, None)
+            torch.testing.assert_close(out[own][e].double(), wanted, atol=1e-5, rtol=1e-5)
+    with pytest.raises(NotImplementedError, match="a prefix of latents"):
+        extend((cache.seq_lens - 1).clamp(min=1))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_absorbed_latent_attention_reads_values_narrower_than_keys(seed):
+    torch.manual_seed(seed)
+    B, H, D, V = 4, 6, 12, 8
+    cache = Cache(B, 1, D, torch.float32)
+    cache.v = cache.k[..., :V]
+    q, k = torch.randn(B, H, D), torch.randn(B, 1, D)
+    loc = torch.stack([cache.req_to_token[cache.req_pool_indices[b], n - 1] for b, n in enumerate(cache.seq_lens)])
+    decoded, extended, ones = torch.empty(B, H, V), torch.empty(B, H, V), torch.ones(B, dtype=torch.long)
+    attention.decode_attention_cpu(
+        q, cache.k, cache.v, 1.0, 1.0, decoded, k, k[..., :V], loc.long(), None, cache.req_to_token,
+        cache.req_pool_indices, cache.seq_lens, D**-0.5, 0.0, False, 0, None,
+    )  # fmt: skip
+    attention.extend_attention_cpu(
+        q, k, k[..., :V], extended, cache.k, cache.v, 1.0, 1.0, cache.req_to_token, cache.req_pool_indices,
+        cache.seq_lens, ones, torch.arange(B), 1, D**-0.5, 0.0, False, 0, None,
+    )  # fmt: skip
+    for b in range(B):
+        keys, values = cache.of(b)
+        wanted = naive.attend_one(q[b], keys, values, torch.ones(len(keys), dtype=torch.bool), D**-0.5, 0.0, None)
+        torch.testing.assert_close(decoded[b].double(), wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(extended[b].double(), wanted, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("lengths", [(1, 1), (3, 2)])
 def test_rows_that_fill_a_batch_up_to_another_ranks_change_nothing(lengths):
     torch.manual_seed(0)

@@ -1,0 +1,94 @@
+"""What is read of a target: its embedding and head, wherever its family has them, and what a draft takes over."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sglang_specforge.new_draft import draft_config
+from sglang_specforge.target import TargetError, final_softcap, load_embedding_and_head
+
+V, H = 16, 8
+EMBED_VH, HEAD_VH = torch.randn(V, H), torch.randn(V, H)
+
+
+def save(folder, shards, index=False):
+    for number, tensors in enumerate(shards):
+        save_file(tensors, folder / f"model-{number}.safetensors")
+    if index:
+        weight_map = {name: f"model-{number}.safetensors" for number, shard in enumerate(shards) for name in shard}
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+@pytest.mark.parametrize("index", [True, False])
+@pytest.mark.parametrize(
+    ("embedding", "head"),
+    [
+        ("model.embed_tokens", "lm_head"),
+        ("model.language_model.embed_tokens", "lm_head"),
+        ("language_model.model.embed_tokens", "language_model.lm_head"),
+    ],
+)
+def test_embedding_and_head_are_found_where_the_family_has_them(tmp_path, embedding, head, index):
+    others = {"model.layers.8.embed_tokens.weight": torch.zeros(V, H), "visual.embed_tokens.weight": torch.zeros(2, 2)}
+    shards = [{f"{embedding}.weight": EMBED_VH, **others}, {f"{head}.weight": HEAD_VH}]
+    embed_VH, head_VH = load_embedding_and_head(save(tmp_path, shards, index))
+    assert torch.equal(embed_VH, EMBED_VH)
+    assert torch.equal(head_VH, HEAD_VH)
+
+
+def test_the_embedding_is_the_head_of_a_target_that_has_no_other(tmp_path):
+    embed_VH, head_VH = load_embedding_and_head(save(tmp_path, [{"model.embed_tokens.weight": EMBED_VH}]))
+    assert embed_VH is head_VH
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"visual.embed.weight": EMBED_VH}, "no embedding that is known here: model.embed_tokens, model.language"),
+        (
+            {"model.embed_tokens.weight": EMBED_VH, "language_model.lm_head.qweight": HEAD_VH},
+            r"a quantized language_model.lm_head \(qweight\)",
+        ),
+    ],
+)
+def test_a_target_without_a_plain_embedding_and_head_is_refused_by_name(tmp_path, tensors, message):
+    with pytest.raises(TargetError, match=message):
+        load_embedding_and_head(save(tmp_path, [tensors]))
+
+
+@pytest.mark.parametrize(("given", "softcap"), [({}, None), (None, None), (0.0, None), (-1.0, None), (30.0, 30.0)])
+def test_logits_are_bounded_where_the_target_says_so(given, softcap):
+    config = SimpleNamespace() if given == {} else SimpleNamespace(final_logit_softcapping=given)
+    assert final_softcap(config) == softcap
+
+
+@pytest.mark.parametrize(
+    ("of_target", "of_draft"),
+    [
+        ({"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0},) * 2,
+        (
+            {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 2, 2], "mrope_interleaved": True},
+            {"rope_type": "default", "rope_theta": 1e6},
+        ),
+        (
+            {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75, "short_factor": [1.0] * 6},
+            {"rope_type": "default", "rope_theta": 1e4},
+        ),
+        (
+            {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+                "full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25},
+            },
+            {"rope_type": "default", "rope_theta": 1e6},
+        ),
+    ],
+)
+def test_a_draft_turns_whole_heads_by_one_position_a_token(of_target, of_draft):
+    target = SimpleNamespace(
+        rope_parameters=of_target, num_attention_heads=4, hidden_size=32, intermediate_size=64, vocab_size=V
+    )
+    assert draft_config(target, V, "float32", "")["rope_parameters"] == of_draft
