@@ -17,7 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 
 from sglang_specforge.checkpoint import load_checked, load_config
 from sglang_specforge.drafts import as_served, kind_of
-from sglang_specforge.target import load_embedding_and_head
+from sglang_specforge.target import final_softcap, load_embedding_and_head, load_target_config
 from sglang_specforge.training_settings import Job
 from trainer.draft import Draft
 from trainer.evaluate import Simulated, simulate
@@ -157,4 +157,5 @@ def load_draft(job: Job, folder: Path) -> Draft:
 def load_target(job: Job, dtype: torch.dtype, device: torch.device) -> FrozenTarget:
     """The embedding as served (its rounding is part of what the draft reads) and the head in ``dtype``."""
     embed_VH, head_VH = load_embedding_and_head(Path(job.target_path))
-    return FrozenTarget(embed_VH.to(device, getattr(torch, job.served_dtype)), head_VH.to(device, dtype))
+    softcap = final_softcap(load_target_config(Path(job.target_path)))
+    return FrozenTarget(embed_VH.to(device, getattr(torch, job.served_dtype)), head_VH.to(device, dtype), softcap)

@@ -33,6 +33,7 @@ class FrozenTarget:
 
     embed_VH: Tensor
     head_VH: Tensor
+    softcap: float | None = None  # of its logits (``target.final_softcap``)
 
     def embed(self, tokens_N: Tensor, dtype: torch.dtype) -> Tensor:
         return F.embedding(tokens_N, self.embed_VH).to(dtype)
@@ -126,6 +127,7 @@ class Teacher:
     def __init__(self, draft: Draft, target: FrozenTarget, pack: Pack) -> None:
         self.pack = pack
         self._head_VH, self._ids_D, self._t2d_V = target.head_VH, draft.target_ids_D, draft.t2d
+        self._softcap = target.softcap
         self._draft_id_V = draft.t2d.cumsum(0) - 1  # draft ids follow the order of the target's
         self.rows_given = 0
 
@@ -150,7 +152,7 @@ class Teacher:
     def _taught(self, row_C: Tensor) -> Taught:
         logits_CV = F.linear(self.pack.last_NH[row_C].to(self._head_VH.dtype), self._head_VH)
         ids_D = self._ids_D if self._ids_D.numel() < self._t2d_V.numel() else None
-        teacher_CD, mass_C, best_C = _distribution(logits_CV, ids_D)
+        teacher_CD, mass_C, best_C = _distribution(logits_CV, ids_D, self._softcap)
         rejected, before_C = self.draft_ids(self.pack.rejected_N[row_C]), row_C - self.pack.first_row_N[row_C]
         return Taught(row_C, teacher_CD, mass_C, *self.draft_ids(best_C), *rejected, before_C)
 
@@ -162,9 +164,11 @@ def _chunk_rows(head_VH: Tensor, steps: int, draft_vocab: int) -> int:
 
 
 @fusable
-def _distribution(logits_CV: Tensor, ids_D: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _distribution(logits_CV: Tensor, ids_D: Tensor | None, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
     """The target's distribution over the draft vocabulary [C, D], that vocabulary's share of it, and its top token."""
     logits_CV = logits_CV.to(wide(logits_CV.dtype))
+    if softcap:
+        logits_CV = (logits_CV / softcap).tanh_().mul_(softcap)
     _, best_C = top(logits_CV)
     if ids_D is None:
         return logits_CV.softmax(-1), torch.ones_like(logits_CV[:, 0]), best_C

@@ -44,6 +44,8 @@ def reference(draft, target, samples, settings):
             lambda begun: [draft.lm_head(hidden) for hidden in begun.unroll(STEPS)],
         )  # fmt: skip
         teacher_logits = sample.last_TH @ target.head_VH.T
+        if target.softcap:
+            teacher_logits = target.softcap * torch.tanh(teacher_logits / target.softcap)
         for t in range(T):
             for k in range(STEPS):
                 m = t + 1 + k
@@ -64,12 +66,12 @@ def reference(draft, target, samples, settings):
     return sum(w * torch.stack(v).mean() for w, v in zip(settings.step_weights, per_step, strict=True)), correct, rates
 
 
-def compare(tmp_path, draft_vocab, **given):
+def compare(tmp_path, draft_vocab, softcap=None, **given):
     settings = TrainingSettings(ttt_steps=STEPS, **given)
     run = make_run(tmp_path, make_target(tmp_path / "target"), draft_vocab_size=draft_vocab)
     draft = load_draft(run, run.version_path(0)).double()
     torch.manual_seed(1)
-    target = FrozenTarget(torch.randn(VOCAB, HIDDEN).double(), torch.randn(VOCAB, HIDDEN).double())
+    target = FrozenTarget(torch.randn(VOCAB, HIDDEN).double(), torch.randn(VOCAB, HIDDEN).double(), softcap)
     samples = []
     for tokens, prompt, start in [(12, 5, 0), (7, 9, 3)]:
         sample = make_sample(tokens, prompt, seed=tokens, start=start)
@@ -104,6 +106,11 @@ def test_each_objective_and_its_gradient(tmp_path, objective, draft_vocab):
 @pytest.mark.parametrize("objective", ["soft_ce", "lk_alpha"])
 def test_rejections_weigh_and_are_pushed_down(tmp_path, objective):
     compare(tmp_path, 32, objective=objective, rejection_weight=0.7, rejection_penalty=0.3)
+
+
+@pytest.mark.parametrize("draft_vocab", [VOCAB, 32])
+def test_a_target_whose_logits_are_bounded_teaches_what_it_samples_from(tmp_path, draft_vocab):
+    compare(tmp_path, draft_vocab, softcap=3.0)
 
 
 def test_weights_of_steps_and_prompts_too(tmp_path):
