@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig
 
 from trainer.draft import Draft, Past
-from trainer.layers import MLP, RMSNorm, Rotary, RotaryEmbedding, TTTAttention
+from trainer.layers import MLP, RMSNorm, TTTAttention
+from trainer.rotary import Rotary, RotaryEmbedding
 
 
 class MidLayer(nn.Module):

@@ -9,13 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from trainer.attention import attend
 from trainer.draft import Past
 from trainer.fused import fusable, wide
-
-Rotary = tuple[Tensor, Tensor]
+from trainer.rotary import Rotary
 
 
 class RMSNorm(nn.Module):
@@ -93,20 +91,6 @@ def _norm_sum_grads(
 ) -> tuple[Tensor, Tensor]:
     dtotal, dweight = _norm_grads(grad, sum(summands[1:], summands[0].to(scale.dtype)), weight, scale)
     return (dtotal + grad_total).to(grad.dtype), dweight
-
-
-class RotaryEmbedding:
-    """Angles by the rotary variant that the configuration names, as transformers computes them.
-
-    No module: nothing of it is saved or sharded.
-    """
-
-    def __init__(self, config: LlamaConfig) -> None:
-        self._embedding = LlamaRotaryEmbedding(config)
-
-    def __call__(self, like: Tensor, positions_N: Tensor) -> Rotary:
-        """Cosines and sines [1, N, P], float32."""
-        return self._embedding.to(like.device)(like.float(), positions_N[None])
 
 
 class TTTAttention(nn.Module):
