@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Protocol
 
 from sglang_specforge.audit import AuditLog
 from sglang_specforge.checkpoint import FINGERPRINT_KEY, CheckpointError, load_config
+from sglang_specforge.foreign_draft import import_draft
 from sglang_specforge.manifest import Drafting, Manifest, Mode
-from sglang_specforge.new_draft import import_draft
 from sglang_specforge.settings import Run
 from sglang_specforge.target import TargetError
 from sglang_specforge.uploads import Uploads

@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from sglang_specforge.client import Unanswered, request, run_of
 from sglang_specforge.curve import Endpoint
 from sglang_specforge.engine_address import EngineAddress
-from sglang_specforge.new_draft import import_draft
+from sglang_specforge.foreign_draft import import_draft
 from sglang_specforge.pull import Puller
 from sglang_specforge.settings import OnlineSettings, Run
 from sglang_specforge.sockets import EndpointTaken

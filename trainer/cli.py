@@ -12,7 +12,8 @@ import torch.distributed as dist
 
 from sglang_specforge.checkpoint import CheckpointError
 from sglang_specforge.client import Unanswered
-from sglang_specforge.new_draft import RECIPES, check_begun_from, check_made_with, coverage, import_draft, init_draft
+from sglang_specforge.foreign_draft import check_begun_from, import_draft
+from sglang_specforge.new_draft import RECIPES, check_made_with, coverage, init_draft
 from sglang_specforge.settings import (
     OnlineSettings,
     Run,

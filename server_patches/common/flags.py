@@ -14,8 +14,9 @@ from server_patches.common.launcher import apply_run_hooks
 from server_patches.supported import check
 from server_patches.targets import IncompatibleSGLang
 from sglang_specforge.checkpoint import FINGERPRINT_KEY, CheckpointError, load_config
+from sglang_specforge.foreign_draft import import_draft
 from sglang_specforge.gpus import first_idle
-from sglang_specforge.new_draft import check_made_with, import_draft, init_draft
+from sglang_specforge.new_draft import check_made_with, init_draft
 from sglang_specforge.settings import (
     DraftTrainingSettings,
     Run,
@@ -135,6 +136,7 @@ def _refuse_contradictions(args: argparse.Namespace, settings: DraftTrainingSett
         "speculative_adaptive": "it changes draft depth by load",
         "enable_return_aux_hidden_states": "it switches speculation off",
         "enable_multi_layer_eagle": "only one-layer drafts are trained",
+        "speculative_draft_window_size": "drafts are trained to attend to all of their sequence",
         "grpc_mode": "its control service is part of the HTTP server",
         "smg_grpc_mode": "its control service is part of the HTTP server",
         "use_ray": "its control service is part of the HTTP server",

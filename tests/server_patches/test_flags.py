@@ -192,6 +192,7 @@ def test_the_trainer_has_the_gpus_that_the_server_leaves_or_says_that_there_are_
         ),
         (["--enable-draft-training", "--dtype", "float32", "--json-model-override-args", "{"], "'{' is no JSON"),
         (["--enable-draft-training", "--load-format", "dummy"], "--load-format dummy: the trainer reads"),
+        (["--enable-draft-training", "--speculative-draft-window-size", "64"], "attend to all of their sequence"),
         (["--enable-draft-training", "--smg-grpc-mode"], "--smg-grpc-mode: its control service"),
         (["--enable-draft-training", "--dtype", "float16"], "not float16; give --dtype bfloat16"),
         (

@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sglang_specforge.checkpoint import FINGERPRINT_KEY, CheckpointError, load_checked, load_config
+from sglang_specforge.foreign_draft import import_draft
 from sglang_specforge.manifest import Manifest
-from sglang_specforge.new_draft import import_draft, init_draft
-from sglang_specforge.target import TargetError, fingerprint_target
+from sglang_specforge.new_draft import init_draft
+from sglang_specforge.target import TargetError, fingerprint_target, load_embedding_and_head
 from sglang_specforge.versions import VersionFolder
 from tests.tiny import VOCAB, make_target
 
@@ -132,6 +133,41 @@ def test_a_draft_from_elsewhere_is_taken_in(tmp_path, draft, target):
     assert load_config(taken)["dtype"] == "float32"
 
 
+@pytest.mark.parametrize("of_recipe", [{"fc_norm": True}, {"norm_before_fc": True}])
+def test_older_spellings_of_a_draft_from_elsewhere_are_understood(tmp_path, target, of_recipe):
+    draft = init_draft(str(target), tmp_path / "draft", draft_vocab_size=32, variant=of_recipe)
+    config, tensors = load_config(draft), load_file(draft / "model.safetensors")
+    older = {"0": "low", "1": "mid", "2": "high"}
+    renamed = {n.replace(f"fc_norm.{n[8:9]}", f"aux_norm_{older.get(n[8:9])}"): t for n, t in tensors.items()}
+    config |= {"model_type": "llama4_text", "intermediate_size_mlp": config["intermediate_size"]}
+    config["intermediate_size"] //= 2
+    for name in of_recipe:
+        del config[name]
+    config |= {"use_aux_norm": True} if "fc_norm" in of_recipe else {"eagle_config": of_recipe}
+    save_file(renamed, draft / "model.safetensors")
+    (draft / "config.json").write_text(json.dumps(config))
+
+    taken = import_draft(draft, target, tmp_path / "taken")
+    found = check(taken, target)
+    assert found.keys() == tensors.keys()
+    assert load_config(taken) | of_recipe == load_config(taken)
+
+
+def test_a_draft_without_a_head_of_its_own_gets_the_targets(tmp_path, target):
+    draft = init_draft(str(target), tmp_path / "draft", draft_vocab_size=VOCAB)
+    config, tensors = load_config(draft), load_file(draft / "model.safetensors")
+    for name in ("lm_head.weight", "d2t", "t2d"):
+        del tensors[name]
+    save_file(tensors, draft / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"tensor lm_head\.weight is missing"):
+        import_draft(draft, target, tmp_path / "taken")
+    del config["draft_vocab_size"]
+    (draft / "config.json").write_text(json.dumps(config))
+    found = check(import_draft(draft, target, tmp_path / "taken"), target)
+    _, head_VH = load_embedding_and_head(target)
+    assert torch.equal(found["lm_head.weight"], head_VH)
+
+
 def test_a_draft_may_be_given_as_pytorch_model_bin(tmp_path, draft, target):
     tensors = load_file(draft / "model.safetensors")
     (draft / "model.safetensors").unlink()
@@ -154,6 +190,10 @@ def test_a_draft_may_be_given_as_pytorch_model_bin(tmp_path, draft, target):
         ({"architectures": {"a": 1}}, "architecture None cannot be trained"),
         ({"num_attention_heads": 0}, r"config\.json is no Llama draft's"),
         ({"rope_parameters": "none"}, r"config\.json is no Llama draft's"),
+        (
+            {"rope_parameters": {"rope_type": "proportional"}},
+            r"rope_type 'proportional' cannot be trained, only default",
+        ),
         ({"draft_vocab_size": -1}, f"draft_vocab_size -1 is not accepted, only 1 to {VOCAB}"),
     ],
 )

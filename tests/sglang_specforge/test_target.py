@@ -14,6 +14,10 @@ V, H = 16, 8
 EMBED_VH, HEAD_VH = torch.randn(V, H), torch.randn(V, H)
 
 
+def target_like(**fields):
+    return SimpleNamespace(intermediate_size=64, vocab_size=V, **fields)
+
+
 def save(folder, shards, index=False):
     for number, tensors in enumerate(shards):
         save_file(tensors, folder / f"model-{number}.safetensors")
@@ -69,6 +73,28 @@ def test_logits_are_bounded_where_the_target_says_so(given, softcap):
 @pytest.mark.parametrize(
     ("of_target", "of_draft"),
     [
+        ({"num_attention_heads": 8, "hidden_size": 512, "num_key_value_heads": 2, "head_dim": 96}, (8, 2, 96)),
+        ({"num_attention_heads": 8, "hidden_size": 512}, (8, 8, 64)),
+        (  # DeepSeek V3
+            {
+                "num_attention_heads": 128, "hidden_size": 7168, "num_key_value_heads": 128, "head_dim": 64,
+                "kv_lora_rank": 512,
+            },
+            (56, 8, 128),
+        ),
+        ({"num_attention_heads": 20, "hidden_size": 2560, "kv_lora_rank": 512}, (20, 4, 128)),
+        ({"num_attention_heads": 4, "hidden_size": 64, "kv_lora_rank": 32}, (4, 4, 16)),
+    ],
+)  # fmt: skip
+def test_a_draft_has_its_targets_heads_but_few_keys_where_the_target_keeps_none(of_target, of_draft):
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    config = draft_config(target_like(rope_parameters=rope, **of_target), V, "float32", "")
+    assert tuple(config[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim")) == of_draft
+
+
+@pytest.mark.parametrize(
+    ("of_target", "of_draft"),
+    [
         ({"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0},) * 2,
         (
             {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 2, 2], "mrope_interleaved": True},
@@ -88,7 +114,5 @@ def test_logits_are_bounded_where_the_target_says_so(given, softcap):
     ],
 )
 def test_a_draft_turns_whole_heads_by_one_position_a_token(of_target, of_draft):
-    target = SimpleNamespace(
-        rope_parameters=of_target, num_attention_heads=4, hidden_size=32, intermediate_size=64, vocab_size=V
-    )
+    target = target_like(rope_parameters=of_target, num_attention_heads=4, hidden_size=32)
     assert draft_config(target, V, "float32", "")["rope_parameters"] == of_draft
