@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, LlamaConfig, PretrainedConfig
+
+logger = logging.getLogger(__name__)
 
 MIN_LAYERS = 8  # below, the default capture layers [2, n//2, n-3] of SGLang coincide
 _BLOCKS, _BLOCK_BYTES = 64, 4096
@@ -17,6 +20,8 @@ _QUANTIZED = ("qweight", "weight_packed")  # GPTQ and AWQ; compressed-tensors
 # Where families have them: models of text, and those that read images too.
 _EMBEDDING = ("model.embed_tokens", "model.language_model.embed_tokens", "language_model.model.embed_tokens")
 _HEAD = ("lm_head", "language_model.lm_head")
+_CONFIGURED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+_IDENTITY = ("architectures", "auto_map", "model_type")
 
 
 class TargetError(ValueError):
@@ -43,22 +48,37 @@ def resolve_target(model_path: str, revision: str | None = None, cache_dir: str 
 
 
 def load_target_config(folder: Path) -> PretrainedConfig:
-    """Text configuration of the target.
+    """Text configuration of the target; of one that transformers does not know, as far as it is read here.
 
     Raises:
-        TargetError: transformers does not know it without code of its own, or it is too shallow for three distinct
-            capture layers.
+        TargetError: it cannot be read, or the target is too shallow for three distinct capture layers.
     """
     try:
-        config = AutoConfig.from_pretrained(folder).get_text_config()
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
     except (OSError, ValueError) as error:
-        why = str(error).partition("\n")[0]
-        raise TargetError(f"target {folder}: transformers cannot read its config.json ({why})") from error
+        config = _config_as_written(folder, error)
     if config.num_hidden_layers < MIN_LAYERS:
         raise TargetError(
             f"target {folder} has {config.num_hidden_layers} layers; EAGLE3 captures layers 2, n//2 and n-3, "
             f"which needs at least {MIN_LAYERS}"
         )
+    return config
+
+
+def _config_as_written(folder: Path, unknown: Exception) -> PretrainedConfig:
+    """Without what transformers, or code of the model's own, which is not run here, would make of it: what a draft
+    takes over has the same names in all of them."""
+    why = str(unknown).partition("\n")[0]
+    try:
+        written = json.loads((folder / "config.json").read_text())
+        written = written.get("text_config", written)
+        missing = [name for name in _CONFIGURED if name not in written]
+        if missing:
+            raise ValueError(f"{why}; and it has no {', '.join(missing)}")
+        config = LlamaConfig(**{name: value for name, value in written.items() if name not in _IDENTITY})
+    except Exception as error:  # of rubbish, transformers raises anything
+        raise TargetError(f"target {folder}: transformers cannot read its config.json ({error})") from unknown
+    logger.warning("draft training: config.json of %s is read as it is written: %s", folder, why)
     return config
 
 

@@ -41,7 +41,7 @@ def extend_attention_cpu(
     """
     _refuse_cross_attention("extend_attention_cpu", is_cross_attention)
     B, (least, E) = extend_seq_lens.numel(), map(int, extend_seq_lens.aminmax())
-    of_heads = k_TGD is not None and k_TGD.shape[1:] != k_buffer.shape[1:]
+    of_heads = k_TGD is not None and k_TGD.shape[1:].numel() != k_buffer.shape[1:].numel()
     if least == E == 1 and not of_heads:  # a verification that nothing was drafted for
         unused = seq_lens
         decode_attention_cpu(
@@ -78,7 +78,10 @@ def extend_attention_cpu(
 
     if of_heads:
         if prefix_B11.any():
-            raise NotImplementedError("sgl_kernel.extend_attention_cpu: a prefix of latents beside keys of heads")
+            raise NotImplementedError(
+                "sgl_kernel.extend_attention_cpu: a prefix of latents beside keys of heads is not covered by the "
+                "portable kernels; start the server with --disable-chunked-prefix-cache"
+            )
         k_BSGD, v_BSGD = k_TGD[flat_BE], v_TGD[flat_BE]
     else:
         k_BSGD, v_BSGD = _gather_kv(

@@ -1,5 +1,6 @@
 """Tiny random targets of each family, made by transformers: 8 layers, 64 wide, the tiny target's tokens."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +44,7 @@ _DEEPSEEK = {
         "mscale_all_dim": 1.0,
     },
 }  # fmt: skip
+_DEEPSEEK_V3 = {**_DEEPSEEK, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
 _QWEN_MARKS = {
     "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>", "vision_start_token_id": "<|vision_start|>",
     "vision_end_token_id": "<|vision_end|>",
@@ -62,6 +64,7 @@ class Family:
     vision: Fields | None = None
     marks: Fields = field(default_factory=dict)  # tokens around images, by the names of their ids in the configuration
     flags: tuple[str, ...] = ("--dtype", "float32")  # of the server
+    called: str | None = None  # its ``model_type`` where transformers knows it by another, or not at all
 
     @property
     def tied(self) -> bool:
@@ -74,7 +77,8 @@ FAMILIES = {
     "qwen3": Family("qwen3", {"head_dim": 16}),
     "qwen3_moe": Family("qwen3_moe", {"head_dim": 16, "num_experts": 4, **_EXPERTS}),
     "deepseek_v2": Family("deepseek_v2", _DEEPSEEK),
-    "deepseek_v3": Family("deepseek_v3", {**_DEEPSEEK, "topk_method": "noaux_tc", "scoring_func": "sigmoid"}),
+    "deepseek_v3": Family("deepseek_v3", _DEEPSEEK_V3),
+    "kimi_k2": Family("deepseek_v3", _DEEPSEEK_V3, called="kimi_k2"),
     "mixtral": Family("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "gpt_oss": Family(
         "gpt_oss",
@@ -168,6 +172,9 @@ def make_target(family: str, folder: Path) -> Path:
     text = {**_COMMON, **made.text}
     if made.vision is None:
         AutoModelForCausalLM.from_config(AutoConfig.for_model(made.model_type, **text)).float().save_pretrained(folder)
+        if made.called:
+            file = folder / "config.json"
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": made.called}))
         return folder
     tokenizer = AutoTokenizer.from_pretrained(_TOKENIZER)
     tokenizer.add_special_tokens({"additional_special_tokens": list(made.marks.values())})

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from sglang_specforge.new_draft import draft_config
-from sglang_specforge.target import TargetError, final_softcap, load_embedding_and_head
+from sglang_specforge.target import TargetError, final_softcap, load_embedding_and_head, load_target_config
 
 V, H = 16, 8
 EMBED_VH, HEAD_VH = torch.randn(V, H), torch.randn(V, H)
@@ -62,6 +62,41 @@ def test_the_embedding_is_the_head_of_a_target_that_has_no_other(tmp_path):
 def test_a_target_without_a_plain_embedding_and_head_is_refused_by_name(tmp_path, tensors, message):
     with pytest.raises(TargetError, match=message):
         load_embedding_and_head(save(tmp_path, [tensors]))
+
+
+WRITTEN = {
+    "model_type": "of_its_own", "auto_map": {"AutoConfig": "configuration.Config"}, "hidden_size": 32,
+    "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 8, "vocab_size": V, "kv_lora_rank": 8,
+    "rope_theta": 5e4, "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_target_that_transformers_does_not_know_is_read_as_it_is_written(tmp_path, caplog, nested):
+    written = {"model_type": "of_images", "text_config": WRITTEN} if nested else WRITTEN
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    config = load_target_config(tmp_path)
+    assert "is read as it is written" in caplog.text
+    drafted = draft_config(config, V, "float32", "")
+    assert (drafted["hidden_size"], drafted["num_key_value_heads"]) == (32, 4)
+    rope = {"rope_type": "yarn", "rope_theta": 5e4, "factor": 4.0, "original_max_position_embeddings": 64}
+    assert drafted["rope_parameters"] | rope == drafted["rope_parameters"]
+
+
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ("{", "cannot read its config.json"),
+        ("[]", "cannot read its config.json"),
+        (json.dumps({"model_type": "of_its_own", "hidden_size": 32}), "and it has no intermediate_size, num_attention"),
+        (json.dumps(WRITTEN | {"num_attention_heads": "four"}), "cannot read its config.json"),
+        (json.dumps(WRITTEN | {"num_hidden_layers": 4}), "has 4 layers"),
+    ],
+)
+def test_a_configuration_that_says_too_little_is_refused(tmp_path, written, message):
+    (tmp_path / "config.json").write_text(written)
+    with pytest.raises(TargetError, match=message):
+        load_target_config(tmp_path)
 
 
 @pytest.mark.parametrize(("given", "softcap"), [({}, None), (None, None), (0.0, None), (-1.0, None), (30.0, 30.0)])
