@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL = 6
+PROTOCOL = 7
 
 Travel = Literal["served", "bfloat16", "float8"]  # how states go: as the target is served, or in fewer bytes
 
