@@ -5,7 +5,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from transformers import LlamaConfig
 
 from sglang_specforge.checkpoint import (
     FINGERPRINT_KEY,
@@ -17,6 +16,7 @@ from sglang_specforge.checkpoint import (
     save_checkpoint,
 )
 from sglang_specforge.drafts import EAGLE3, EAGLE3_VARIANTS, kind_of
+from sglang_specforge.llama import as_llama
 from sglang_specforge.new_draft import COPIED, ROTARY, draft_config, name_of
 from sglang_specforge.settings import SettingsError
 from sglang_specforge.target import fingerprint_target, load_embedding_and_head, load_target_config
@@ -60,7 +60,7 @@ def import_draft(given: Path, target_path: Path, out: Path) -> Path:
     tensors = {_name_here(name): tensor for name, tensor in _read_given(given).items() if "embed_tokens" not in name}
     target = load_target_config(target_path)
     try:
-        llama = LlamaConfig(**{k: v for k, v in raw.items() if k not in ("architectures", "model_type")})
+        llama = as_llama(raw)
     except Exception as error:  # of rubbish, transformers raises anything
         raise CheckpointError(f"draft checkpoint {given}: config.json is no Llama draft's: {error}") from error
     dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), torch.float32)

@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
-from transformers import AutoConfig, LlamaConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
+
+from sglang_specforge.llama import as_llama
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +23,6 @@ _QUANTIZED = ("qweight", "weight_packed")  # GPTQ and AWQ; compressed-tensors
 _EMBEDDING = ("model.embed_tokens", "model.language_model.embed_tokens", "language_model.model.embed_tokens")
 _HEAD = ("lm_head", "language_model.lm_head")
 _CONFIGURED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
-_IDENTITY = ("architectures", "auto_map", "model_type")
 
 
 class TargetError(ValueError):
@@ -75,7 +76,7 @@ def _config_as_written(folder: Path, unknown: Exception) -> PretrainedConfig:
         missing = [name for name in _CONFIGURED if name not in written]
         if missing:
             raise ValueError(f"{why}; and it has no {', '.join(missing)}")
-        config = LlamaConfig(**{name: value for name, value in written.items() if name not in _IDENTITY})
+        config = as_llama(written)
     except Exception as error:  # of rubbish, transformers raises anything
         raise TargetError(f"target {folder}: transformers cannot read its config.json ({error})") from unknown
     logger.warning("draft training: config.json of %s is read as it is written: %s", folder, why)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
+from sglang_specforge.llama import as_llama
 from trainer.draft import Draft, Past
 from trainer.layers import MLP, RMSNorm, TTTAttention
 from trainer.rotary import Rotary, RotaryEmbedding
@@ -45,7 +46,7 @@ class MidLayer(nn.Module):
 class Eagle3Draft(Draft):
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__(config)
-        llama = LlamaConfig(**{k: v for k, v in config.items() if k not in ("architectures", "model_type")})
+        llama = as_llama(config)
         H, eps = llama.hidden_size, llama.rms_norm_eps
         self.input_norm = RMSNorm(3 * H, eps) if config.get("norm_before_fc") else None
         self.fc_norm = nn.ModuleList(RMSNorm(H, eps) for _ in range(3)) if config.get("fc_norm") else None

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,16 +142,10 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def _qwen2_5_processor(tokenizer: Any) -> Any:
-    images = Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=56 * 56)
-    template = tokenizer.chat_template
-    return Qwen2_5_VLProcessor(images, tokenizer, Qwen2VLVideoProcessor(), chat_template=template)
-
-
-def _qwen3_processor(tokenizer: Any) -> Any:
-    images = Qwen2VLImageProcessor(patch_size=16, min_pixels=32 * 32, max_pixels=64 * 64)
-    template = tokenizer.chat_template
-    return Qwen3VLProcessor(images, tokenizer, Qwen3VLVideoProcessor(patch_size=16), chat_template=template)
+def _qwen_processor(kind: Any, of_videos: Any, patch: int, tokenizer: Any) -> Any:
+    smallest, largest = (2 * patch) ** 2, (4 * patch) ** 2  # two patches are merged each way
+    images = Qwen2VLImageProcessor(patch_size=patch, min_pixels=smallest, max_pixels=largest)
+    return kind(images, tokenizer, of_videos(patch_size=patch), chat_template=tokenizer.chat_template)
 
 
 def _gemma4_processor(tokenizer: Any) -> Any:
@@ -162,7 +157,11 @@ def _gemma4_processor(tokenizer: Any) -> Any:
 
 
 # SGLang starts without one of the others.
-_PROCESSORS = {"gemma4": _gemma4_processor, "qwen2_5_vl": _qwen2_5_processor, "qwen3_vl": _qwen3_processor}
+_PROCESSORS = {
+    "gemma4": _gemma4_processor,
+    "qwen2_5_vl": partial(_qwen_processor, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor, 14),
+    "qwen3_vl": partial(_qwen_processor, Qwen3VLProcessor, Qwen3VLVideoProcessor, 16),
+}
 
 
 def make_target(family: str, folder: Path) -> Path:
