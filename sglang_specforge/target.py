@@ -22,6 +22,7 @@ _QUANTIZED = ("qweight", "weight_packed")  # GPTQ and AWQ; compressed-tensors
 # Where families have them: models of text, and those that read images too.
 _EMBEDDING = ("model.embed_tokens", "model.language_model.embed_tokens", "language_model.model.embed_tokens")
 _HEAD = ("lm_head", "language_model.lm_head")
+_MODELS = ("text_config", "vision_config", "audio_config")
 _CONFIGURED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
 
 
@@ -81,6 +82,12 @@ def _config_as_written(folder: Path, unknown: Exception) -> PretrainedConfig:
         raise TargetError(f"target {folder}: transformers cannot read its config.json ({error})") from unknown
     logger.warning("draft training: config.json of %s is read as it is written: %s", folder, why)
     return config
+
+
+def reads_more_than_text(folder: Path) -> bool:
+    """Whether the target's prompts may hold images or sounds: its config.json is of several models."""
+    written = json.loads((folder / "config.json").read_text())
+    return any(isinstance(part, dict) and name in _MODELS for name, part in written.items())
 
 
 def final_softcap(config: PretrainedConfig) -> float | None:

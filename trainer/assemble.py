@@ -21,6 +21,7 @@ from sglang_specforge.contracts.coding import unpack
 from sglang_specforge.contracts.control import TokenLedger
 from sglang_specforge.contracts.spans import Captured, Finished, Message, Span
 from trainer.prefix_store import PrefixStore
+from trainer.rows import Rows
 from trainer.sample import Sample
 
 _REMEMBERED_ENDS = 4096
@@ -35,8 +36,8 @@ class _Open:
         # Tokens from position 0 on, as far as they are known from prefill; None where they are not.
         self.head_T: Tensor | None = None
         if first.prefix or not first.start:
-            self.head_T = torch.from_numpy(np.frombuffer(first.prefix, np.int32).astype(np.int64))
-        self.pieces: list[tuple[Span, int, dict[str, Tensor]]] = []  # span, draft version, its rows
+            self.head_T = torch.from_numpy(np.frombuffer(first.prefix, np.int64).copy())
+        self.pieces: list[tuple[Span, int, Rows]] = []  # span, draft version, its rows
         self.tokens = 0
         self.touched_s = time.monotonic()
 
@@ -47,7 +48,7 @@ class _Open:
         self.head_T = torch.cat([self.head_T, tokens_T])
         return True
 
-    def add(self, span: Span, version: int, rows: dict[str, Tensor]) -> None:
+    def add(self, span: Span, version: int, rows: Rows) -> None:
         self.pieces.append((span, version, rows))
         self.tokens += span.length
         self.touched_s = time.monotonic()
@@ -88,11 +89,8 @@ class Assembler:
         """
         if isinstance(message, Finished):
             return self._finish(message)
-        # Copied: a row that stays must not keep the whole pass, of every request, in memory.
-        copies = [
-            {name: self._copy(name, tensor[span.row : span.row + span.length]) for name, tensor in tensors.items()}
-            for span in message.spans
-        ]
+        rows = Rows(**{"embeds_MH": tensors["last_NH"][:0]} | tensors)
+        copies = [self._copy(rows.pick(slice(span.row, span.row + span.length))) for span in message.spans]
         if are_intact():
             self._add_spans(message, copies)
         else:
@@ -105,10 +103,12 @@ class Assembler:
         for key in [key for key, request in self._open.items() if request.touched_s < limit_s]:
             self._ledger.drop("abandoned", self._close(key).tokens)
 
-    def _copy(self, name: str, rows: Tensor) -> Tensor:
-        return rows.clone() if name == "tokens_N" else unpack(rows, self._dtype)
+    def _copy(self, rows: Rows) -> Rows:
+        """A row that stays must not keep the whole pass, of every request, in memory."""
+        tokens_N, *states = rows
+        return Rows(tokens_N.clone(), *(unpack(state, self._dtype) for state in states))
 
-    def _add_spans(self, message: Captured, copies: list[dict[str, Tensor]]) -> None:
+    def _add_spans(self, message: Captured, copies: list[Rows]) -> None:
         for span, rows in zip(message.spans, copies, strict=True):
             key = (message.stream, span.rid)
             if key in self._ended:
@@ -118,9 +118,9 @@ class Assembler:
                 request = self._open[key] = _Open(span)
             request.add(span, message.draft_version, rows)
             self.open_tokens += span.length
-            if request.extend_head(span, rows["tokens_N"]):
+            if request.extend_head(span, rows.tokens_N):
                 # Others may find it cached from now on, and end before this request does.
-                self._prefixes.put(request.head_T, span.start, rows["aux_N3H"], rows["last_NH"])
+                self._prefixes.put(request.head_T, span.start, rows)
         while self.open_tokens > self._max_open_tokens:
             longest_silent = min(self._open, key=lambda key: self._open[key].touched_s)
             self._ledger.drop("too_many_open", self._close(longest_silent).tokens)
@@ -174,7 +174,7 @@ class Assembler:
         pieces = [request.pieces[i] for i in used]
         base = torch.tensor([0, *(span.length for span, _, _ in pieces)]).cumsum(0)
         index_T = base[torch.searchsorted(torch.tensor(used), piece_T[:kept])] + row_T[:kept]
-        joined = {name: torch.cat([rows[name] for _, _, rows in pieces])[index_T] for name in pieces[0][2]}
+        joined = Rows.joined(rows for _, _, rows in pieces).pick(index_T)
         versions = {version for _, version, _ in request.pieces}
         rejected_T, next_T = torch.full((kept,), -1), start + 1 + torch.arange(kept)
         for span, _, _ in pieces:
@@ -186,9 +186,7 @@ class Assembler:
         sample = Sample(
             rid=rid,
             start=start,
-            tokens_T=joined["tokens_N"],
-            aux_T3H=joined["aux_N3H"],
-            last_TH=joined["last_NH"],
+            **_named(joined),
             generated_T=(next_T >= request.prompt_tokens) & (next_T < total_tokens),
             rejected_T=rejected_T,
             slice=request.slice,
@@ -202,20 +200,18 @@ class Assembler:
         prefix_T = request.head_T[: sample.start]
         whole_T = torch.cat([prefix_T, sample.tokens_T])
         found = self._prefixes.restore(prefix_T) if len(prefix_T) else None
-        self._prefixes.put(whole_T, sample.start, sample.aux_T3H, sample.last_TH)
+        self._prefixes.put(whole_T, sample.start, sample.rows)
         room = self._max_tokens - len(sample)
         if found is None or not room:
             return sample
         start = max(found.start, sample.start - room)
-        rows, restored = slice(start - found.start, None), sample.start - start
+        restored = sample.start - start
         # Only a prompt of which nothing was computed here ends in a row whose next token is the answer's.
         restored_is_generated = torch.arange(start, sample.start) + 1 >= request.prompt_tokens
         return replace(
             sample,
             start=start,
-            tokens_T=whole_T[start:],
-            aux_T3H=torch.cat([found.aux_T3H[rows], sample.aux_T3H]),
-            last_TH=torch.cat([found.last_TH[rows], sample.last_TH]),
+            **_named(Rows.joined([found.rows.pick(slice(start - found.start, None)), sample.rows])),
             generated_T=torch.cat([restored_is_generated, sample.generated_T]),
             rejected_T=F.pad(sample.rejected_T, (restored, 0), value=-1),
             restored=restored,
@@ -224,3 +220,8 @@ class Assembler:
     def _leave_out(self, reason: str, piece_T: Tensor, kept: int) -> int:
         self._ledger.drop(reason, int((piece_T[kept:] >= 0).sum()))
         return min(kept, len(piece_T))
+
+
+def _named(rows: Rows) -> dict[str, Tensor]:
+    """As fields of a sample."""
+    return dict(zip(("tokens_T", "aux_T3H", "last_TH", "embeds_MH"), rows, strict=True))

@@ -92,8 +92,11 @@ def unroll(draft: Draft, target: FrozenTarget, pack: Pack, goal: Goal) -> Unroll
 
 
 def run_draft(draft: Draft, target: FrozenTarget, pack: Pack, roots: Roots, use: Callable[[Begun], Any]) -> Any:
-    """The draft over a pack, from the states and tokens that it would read in the server."""
-    return draft(target.embed(pack.tokens_N, pack.aux_N3H.dtype), pack.aux_N3H, pack.positions_N, roots, use)
+    """The draft over a pack, from the states and embeddings that it would read in the server."""
+    embed_NH = target.embed(pack.tokens_N.clamp(min=0), pack.aux_N3H.dtype)
+    if pack.embeds_MH.numel():
+        embed_NH.masked_scatter_((pack.tokens_N < 0)[:, None], pack.embeds_MH)
+    return draft(embed_NH, pack.aux_N3H, pack.positions_N, roots, use)
 
 
 class Taught(NamedTuple):

@@ -15,6 +15,7 @@ from sglang_specforge.contracts import control
 from sglang_specforge.manifest import Manifest
 from sglang_specforge.settings import SERVER_PID_VARIABLE, OnlineSettings, Run
 from sglang_specforge.sockets import EndpointTaken, is_alive
+from sglang_specforge.target import reads_more_than_text
 from sglang_specforge.training_settings import Job
 from sglang_specforge.versions import VersionFolder
 from trainer.evaluate import Evaluated
@@ -216,7 +217,8 @@ class OnlineSource:
         settings, hidden_size = self._settings, self._target.embed_VH.shape[1]
         spill = None
         if settings.prefix_spill_dir:
-            slot_bytes = block_bytes(hidden_size, getattr(torch, self._job.served_dtype))
+            dtype, more = getattr(torch, self._job.served_dtype), reads_more_than_text(Path(self._job.target_path))
+            slot_bytes = block_bytes(hidden_size, dtype, more)
             spill = Spill(settings.prefix_spill_dir, settings.prefix_spill_mb << 20, slot_bytes)
         return PrefixStore(self._job.target_fingerprint, settings.prefix_store_mb << 20, spill)
 

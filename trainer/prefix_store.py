@@ -17,32 +17,33 @@ import torch
 from torch import Tensor
 
 from sglang_specforge.contracts.control import PrefixCounts
-from trainer.spill import Slot, Spill, States
+from trainer.rows import Rows
+from trainer.spill import Slot, Spill
 
 BLOCK = 64  # tokens
+_TOKEN_BYTES = 8
 
 
-def block_bytes(hidden_size: int, dtype: torch.dtype) -> int:
-    """Of a whole block's states: what a slot of the spill has to hold."""
-    return BLOCK * 4 * hidden_size * dtype.itemsize
+def block_bytes(hidden_size: int, dtype: torch.dtype, with_embeds: bool = False) -> int:
+    """Of a whole block's rows, each with an embedding or none: what a slot of the spill has to hold."""
+    return BLOCK * (_TOKEN_BYTES + (5 if with_embeds else 4) * hidden_size * dtype.itemsize)
 
 
 class _Block(NamedTuple):
     parent: bytes
-    tokens: bytes  # of int32
+    tokens: bytes  # of int64
 
     @property
     def branch(self) -> tuple[bytes, bytes]:
         """Blocks that may begin alike have this in common."""
-        return self.parent, self.tokens[:4]
+        return self.parent, self.tokens[:_TOKEN_BYTES]
 
 
 class Restored(NamedTuple):
-    """States of a prefix, from position ``start`` to its end."""
+    """Of a prefix, from position ``start`` to its end."""
 
     start: int
-    aux_T3H: Tensor
-    last_TH: Tensor
+    rows: Rows
 
 
 class PrefixStore:
@@ -55,32 +56,33 @@ class PrefixStore:
     def __init__(self, target_fingerprint: str, capacity_bytes: int, spill: Spill | None = None) -> None:
         self._root, self._capacity_bytes, self._spill = target_fingerprint.encode(), capacity_bytes, spill
         self._blocks: dict[bytes, _Block] = {}
-        self._held: OrderedDict[bytes, States] = OrderedDict()  # least recently used first
+        self._held: OrderedDict[bytes, Rows] = OrderedDict()  # least recently used first
         self._spilled: OrderedDict[bytes, Slot] = OrderedDict()  # likewise; a block is in one of the two
         self._branches: dict[tuple[bytes, bytes], set[bytes]] = {}
         self.counts = PrefixCounts()
 
-    def put(self, tokens_T: Tensor, first: int, aux_T3H: Tensor, last_TH: Tensor) -> None:
-        """Keep states of the positions from ``first`` on; ``tokens_T`` (int64) are the whole sequence's."""
+    def put(self, tokens_T: Tensor, first: int, rows: Rows) -> None:
+        """Keep the rows, of the positions from ``first`` on; ``tokens_T`` (int64) are the whole sequence's."""
         if not self._capacity_bytes:
             return
         used = []
         for start, parent, tokens in self._cut(tokens_T):
             key = self._find(parent, tokens)
-            if key is None and start + len(tokens) // 4 > first:
-                rows = slice(max(0, start - first), None)
-                key = self._keep(parent, tokens, first - start, aux_T3H[rows], last_TH[rows])
+            end = start + len(tokens) // _TOKEN_BYTES
+            if key is None and end > first:
+                own = rows.pick(slice(max(0, start - first), end - first))
+                key = self._keep(parent, tokens, first - start, own)
             used += [key] if key else []
         self._touch(used)
         while self.counts.stored_bytes > self._capacity_bytes:
             self._move_out(next(iter(self._held)))
 
     def restore(self, tokens_T: Tensor) -> Restored | None:
-        """States of the end of this prefix (int64), as far back as there are any without a hole; counted."""
+        """Rows of the end of this prefix (int64), as far back as there are any without a hole; counted."""
         keys = [self._find(parent, tokens) for _, parent, tokens in self._cut(tokens_T)]
-        found: list[States] = []
-        while keys and (states := self._states(keys[-1])):
-            found.insert(0, states)
+        found: list[Rows] = []
+        while keys and (rows := self._rows(keys[-1])):
+            found.insert(0, rows)
             self._touch([keys.pop()])
         start = min(BLOCK * len(keys), len(tokens_T))
         self.counts.prefixes += 1
@@ -89,25 +91,23 @@ class PrefixStore:
         self.counts.missing_tokens += start
         if start == len(tokens_T):
             return None
-        rows = slice(len(tokens_T) - start)
-        return Restored(start, *(torch.cat(parts)[rows] for parts in zip(*found, strict=True)))
+        return Restored(start, Rows.joined(found).pick(slice(len(tokens_T) - start)))
 
-    def _keep(self, parent: bytes, tokens: bytes, cached: int, aux_T3H: Tensor, last_TH: Tensor) -> bytes | None:
+    def _keep(self, parent: bytes, tokens: bytes, cached: int, rows: Rows) -> bytes | None:
         """Insert a block whose rows begin after its first ``cached`` tokens; those have to be here already."""
-        length = len(tokens) // 4 - max(0, cached)
-        rows = aux_T3H[:length].clone(), last_TH[:length].clone()
+        parts = [rows]
         if cached > 0:
-            begins = self._states(self._find(parent, tokens[: 4 * cached]))
+            begins = self._rows(self._find(parent, tokens[: _TOKEN_BYTES * cached]))
             if begins is None:
                 return None
-            rows = (torch.cat([known[:cached], more]) for known, more in zip(begins, rows, strict=True))
-        return self._insert(_Block(parent, tokens), States(*rows))
+            parts = [begins.pick(slice(cached)), rows]
+        return self._insert(_Block(parent, tokens), Rows.joined(parts))
 
     def _cut(self, tokens_T: Tensor) -> Iterator[tuple[int, bytes, bytes]]:
         """First position, the key before it, and tokens of each block."""
-        content, parent = tokens_T.to(torch.int32).numpy().tobytes(), self._root
+        content, parent = tokens_T.numpy().tobytes(), self._root
         for start in range(0, len(tokens_T), BLOCK):
-            tokens = content[4 * start : 4 * (start + BLOCK)]
+            tokens = content[_TOKEN_BYTES * start : _TOKEN_BYTES * (start + BLOCK)]
             yield start, parent, tokens
             parent = _key(parent, tokens)
 
@@ -115,9 +115,9 @@ class PrefixStore:
         """Key of the block that is these tokens or begins with them."""
         if (key := _key(parent, tokens)) in self._blocks:
             return key
-        if len(tokens) == 4 * BLOCK:
+        if len(tokens) == _TOKEN_BYTES * BLOCK:
             return None
-        alike = self._branches.get((parent, tokens[:4]), ())
+        alike = self._branches.get(_Block(parent, tokens).branch, ())
         return next((key for key in alike if self._blocks[key].tokens.startswith(tokens)), None)
 
     def _touch(self, keys: list[bytes]) -> None:
@@ -126,29 +126,29 @@ class PrefixStore:
             if key in self._blocks:
                 (self._held if key in self._held else self._spilled).move_to_end(key)
 
-    def _states(self, key: bytes | None) -> States | None:
+    def _rows(self, key: bytes | None) -> Rows | None:
         """Of a block; None where there is none, or where it cannot be read back: then it is forgotten."""
         if key not in self._spilled:
             return self._held.get(key)
-        states = self._spill.read(self._spilled[key])
-        if states is None:
+        rows = self._spill.read(self._spilled[key])
+        if rows is None:
             self._forget(key)
             self.counts.unspilled_blocks += 1
-        return states
+        return rows
 
-    def _insert(self, block: _Block, states: States) -> bytes:
+    def _insert(self, block: _Block, rows: Rows) -> bytes:
         for key in list(self._branches.get(block.branch, ())):
             if block.tokens.startswith(self._blocks[key].tokens):
                 self._remove(key)
         key = _key(block.parent, block.tokens)
-        self._blocks[key], self._held[key] = block, states
+        self._blocks[key], self._held[key] = block, rows
         self._branches.setdefault(block.branch, set()).add(key)
-        self.counts.stored_bytes += states.nbytes + len(block.tokens)
+        self.counts.stored_bytes += rows.nbytes + len(block.tokens)
         return key
 
     def _move_out(self, key: bytes) -> None:
         """Of memory: to the disk where it takes the block, which may cost the ones there that were used least."""
-        if self._spill is None:
+        if self._spill is None or self._held[key].nbytes > self._spill.slot_bytes:
             self._forget(key)
             return
         while self._spilled and not self._spill.has_room():

@@ -1,15 +1,17 @@
 """What the trainer learns from: one sequence's captured states, and batches of them.
 
-Shapes: T captured tokens of a sample, N rows of a pack, H hidden.
+Shapes: T captured tokens of a sample, N rows of a pack, M of either of no token, H hidden.
 """
 
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.roots import Run, Runs, repeated, runs_of
+from trainer.rows import Rows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -18,9 +20,10 @@ class Sample:
 
     rid: str
     start: int
-    tokens_T: Tensor  # int64
+    tokens_T: Tensor  # int64; below zero is none (``rows.Rows``)
     aux_T3H: Tensor
     last_TH: Tensor
+    embeds_MH: Tensor
     generated_T: Tensor  # bool: the token after this row's is the target's (an assistant's), not a prompt's
     rejected_T: Tensor  # int64: the token that the live draft proposed there and the target refused, or -1
     slice: str = ""  # the request's label, or the data's
@@ -33,6 +36,16 @@ class Sample:
         """Tokens that came with this sample."""
         return len(self) - self.restored
 
+    @property
+    def rows(self) -> Rows:
+        return Rows(self.tokens_T, self.aux_T3H, self.last_TH, self.embeds_MH)
+
+    def teaches(self, generated_only: bool) -> Tensor:
+        """Rows that teach what to draft, bool [T]: generated ones, or all but those before what is no token."""
+        if generated_only:
+            return self.generated_T
+        return F.pad(self.tokens_T[1:] >= 0, (0, 1), value=True)
+
     def __len__(self) -> int:
         return self.tokens_T.numel()
 
@@ -43,15 +56,17 @@ class Pack(NamedTuple):
     tokens_N: Tensor  # int64
     aux_N3H: Tensor
     last_NH: Tensor
+    embeds_MH: Tensor
     rejected_N: Tensor  # int64
     positions_N: Tensor  # int64, absolute
     first_row_N: Tensor  # int64, of the row's sample
     samples: Runs  # rows of each
     generated: list[Run]  # rows whose next token is the target's
+    of_tokens: list[Run]  # rows whose next token is one
 
     def taught(self, generated_only: bool) -> list[Run]:
-        """Rows that teach what to draft, generated ones or all: not a sample's first, which no draft is made for."""
-        runs = self.generated if generated_only else [Run(first, first, end) for first, end in self.samples]
+        """Rows that teach what to draft (``Sample.teaches``): not a sample's first, which no draft is made for."""
+        runs = self.generated if generated_only else self.of_tokens
         later = [run._replace(start=max(run.start, run.first + 1)) for run in runs]
         return [run for run in later if run.start < run.end]
 
@@ -65,21 +80,25 @@ def pack(samples: list[Sample], device: torch.device) -> Pack:
         return torch.cat([getattr(s, name) for s in samples]).to(device, non_blocking=True)
 
     ahead_N = repeated([s.start - first for (first, _), s in zip(rows, samples, strict=True)], lengths, device)
-    generated = [
-        Run(first, first + start, first + end)
-        for (first, _), s in zip(rows, samples, strict=True)
-        for start, end in runs_of(s.generated_T)
-    ]
+
+    def teaching(generated_only: bool) -> list[Run]:
+        return [
+            Run(first, first + start, first + end)
+            for (first, _), s in zip(rows, samples, strict=True)
+            for start, end in runs_of(s.teaches(generated_only))
+        ]
+
     return Pack(
-        *map(joined, ("tokens_T", "aux_T3H", "last_TH", "rejected_T")),
+        *map(joined, ("tokens_T", "aux_T3H", "last_TH", "embeds_MH", "rejected_T")),
         positions_N=torch.arange(ends[-1], device=device) + ahead_N,
         first_row_N=repeated([first for first, _ in rows], lengths, device),
         samples=rows,
-        generated=generated,
+        generated=teaching(generated_only=True),
+        of_tokens=teaching(generated_only=False),
     )
 
 
 def count_rows(samples: list[Sample], steps: int, generated_only: bool) -> list[int]:
     """Rows that count at each step: those whose teacher row lies in the sample and teaches."""
-    teaches = [s.generated_T if generated_only else torch.ones_like(s.generated_T) for s in samples]
+    teaches = [s.teaches(generated_only) for s in samples]
     return [sum(int(t[1 + k :].sum()) for t in teaches) for k in range(steps)]

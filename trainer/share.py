@@ -20,6 +20,7 @@ _TENSORS = tuple(f.name for f in fields(Sample) if f.type is Tensor)
 
 class _Plan(msgspec.Struct):
     lengths: list[int]
+    embeds: list[int]  # how many each has
     starts: list[int]
     slices: list[str]
     passes: list[list[list[int]]]  # by rank, indices
@@ -55,20 +56,22 @@ class Dealer:
         passes = deal(lengths, ranks, pass_tokens, self._dealt)
         for rank, own in enumerate(passes):
             self._dealt[rank] += sum(lengths[i] for indices in own for i in indices)
-        return _Plan(lengths, [s.start for s in samples], [s.slice for s in samples], passes, layouts)
+        embeds, starts = [len(s.embeds_MH) for s in samples], [s.start for s in samples]
+        return _Plan(lengths, embeds, starts, [s.slice for s in samples], passes, layouts)
 
 
 def _receive(plan: _Plan, passes: list[list[int]]) -> list[list[Sample]]:
     own = [i for indices in passes for i in indices]
     if not own:
         return [[] for _ in passes]
-    lengths = [plan.lengths[i] for i in own]
     columns = []
-    for dtype, width in plan.layouts:
-        shape = (sum(lengths), width) if width else (sum(lengths),)
-        joined = torch.empty(shape, dtype=getattr(torch, dtype))
-        dist.recv(joined, 0)
-        columns.append(joined.split(lengths))
+    for name, (dtype, width) in zip(_TENSORS, plan.layouts, strict=True):
+        counts = plan.embeds if name == "embeds_MH" else plan.lengths
+        rows = [counts[i] for i in own]
+        joined = torch.empty((sum(rows), width) if width else (sum(rows),), dtype=getattr(torch, dtype))
+        if joined.numel():
+            dist.recv(joined, 0)
+        columns.append(joined.split(rows))
     received = {
         i: Sample(rid="", start=plan.starts[i], slice=plan.slices[i], **dict(zip(_TENSORS, tensors, strict=True)))
         for i, tensors in zip(own, zip(*columns, strict=True), strict=True)
@@ -78,7 +81,8 @@ def _receive(plan: _Plan, passes: list[list[int]]) -> list[list[Sample]]:
 
 def _joined(samples: list[Sample], plan: _Plan, rank: int) -> list[Tensor]:
     own = [samples[i] for passes in plan.passes[rank] for i in passes]
-    return [torch.cat([getattr(s, name) for s in own]) for name in _TENSORS] if own else []
+    joined = [torch.cat([getattr(s, name) for s in own]) for name in _TENSORS] if own else []
+    return [tensor for tensor in joined if tensor.numel()]
 
 
 def tell(text: str | None) -> str:

@@ -1,7 +1,7 @@
-"""Captured states that memory has no room for, on disk.
+"""Captured rows that memory has no room for, on disk.
 
 They are in one file without a name: nobody else can open it, and the kernel takes it back when the process ends,
-however it ends. It is cut into slots of one size. Shapes: N positions of a block, H hidden.
+however it ends. It is cut into slots of one size.
 """
 
 import errno
@@ -12,33 +12,21 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+
+from trainer.rows import Rows
 
 logger = logging.getLogger(__name__)
 
 
-class States(NamedTuple):
-    """Of some positions one after another."""
-
-    aux_N3H: Tensor
-    last_NH: Tensor
-
-    @property
-    def nbytes(self) -> int:
-        return self.aux_N3H.nbytes + self.last_NH.nbytes
-
-
 class Slot(NamedTuple):
-    """Where states lie in the file, and what they are."""
+    """Where rows lie in the file, one tensor after another, and what they are."""
 
     offset: int  # bytes
-    positions: int
-    hidden_size: int
-    dtype: torch.dtype
+    like: Rows  # on the meta device
 
 
 class Spill:
-    """A file of at most ``capacity_bytes`` in ``folder``, for states of at most ``slot_bytes`` each.
+    """A file of at most ``capacity_bytes`` in ``folder``, for rows of at most ``slot_bytes`` each.
 
     Raises:
         OSError: no file can be made in the folder.
@@ -56,14 +44,14 @@ class Spill:
     def has_room(self) -> bool:
         return bool(self._free) or self._end < self._most_bytes
 
-    def write(self, states: States) -> Slot | None:
+    def write(self, rows: Rows) -> Slot | None:
         """None where the disk takes no more: logged once until it does again. Raises ValueError: larger than a slot."""
-        if states.nbytes > self.slot_bytes:
-            raise ValueError(f"states of {states.nbytes} bytes for a slot of {self.slot_bytes}")
+        if rows.nbytes > self.slot_bytes:
+            raise ValueError(f"rows of {rows.nbytes} bytes for a slot of {self.slot_bytes}")
         offset = self._free.pop() if self._free else self._end
         try:
-            pieces = [t.contiguous().view(torch.uint8).numpy() for t in states]
-            if os.pwritev(self._file.fileno(), pieces, offset) < states.nbytes:
+            pieces = [t.contiguous().view(torch.uint8).numpy() for t in rows if t.nbytes]
+            if os.pwritev(self._file.fileno(), pieces, offset) < rows.nbytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             if offset < self._end:
@@ -75,20 +63,19 @@ class Spill:
             self._takes = False
             return None
         self._end, self._takes = max(self._end, offset + self.slot_bytes), True
-        return Slot(offset, len(states.last_NH), states.last_NH.shape[1], states.last_NH.dtype)
+        return Slot(offset, Rows(*(t.to("meta") for t in rows)))
 
-    def read(self, slot: Slot) -> States | None:
+    def read(self, slot: Slot) -> Rows | None:
         """None where the disk does not give them back."""
-        widths = 3 * slot.hidden_size, slot.hidden_size
-        content = bytearray(slot.positions * sum(widths) * slot.dtype.itemsize)
+        content = bytearray(slot.like.nbytes)
         try:
             if os.preadv(self._file.fileno(), [content], slot.offset) < len(content):
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
         except OSError as error:
             logger.warning("draft training: a spilled prefix cannot be read back (%s); it is forgotten", error.strerror)
             return None
-        numbers = torch.frombuffer(content, dtype=slot.dtype).split([slot.positions * width for width in widths])
-        return States(*(part.view(slot.positions, width) for part, width in zip(numbers, widths, strict=True)))
+        parts = torch.frombuffer(content, dtype=torch.uint8).split([t.nbytes for t in slot.like])
+        return Rows(*(part.view(t.dtype).view(t.shape) for part, t in zip(parts, slot.like, strict=True)))
 
     def free(self, slot: Slot) -> None:
         self._free.append(slot.offset)

@@ -1,15 +1,17 @@
 """Reading target states after each pass of a scheduler process, and noting what every verification accepted.
 
-Shapes: B requests, N rows, D drafted tokens a request, R rows a request (longest path through a draft tree), H hidden,
-F facts of a request (``entry.Verified``).
+Shapes: B requests, N rows, M of them of no token, D drafted tokens a request, R rows a request (longest path through a
+draft tree), H hidden, F facts of a request (``entry.Verified``).
 """
 
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 
-from server_patches.common import outputs, process
+from server_patches.common import images, outputs, process
 from sglang_specforge.contracts import coding
 from sglang_specforge.export.admission import Admitted
 from sglang_specforge.export.entry import Prefilled, Verified
@@ -48,13 +50,21 @@ def _capture_prefill(batch: Any, result: Any, tokens_N: torch.Tensor) -> None:
     process.this.exporter.pace.interrupt()
     logits = result.logits_output
     states = {"aux_N3H": logits.hidden_states, "last_NH": logits.last_hidden_states}
-    row_bytes = _row_bytes(states)
-    admitted = _pick(batch, [row_bytes * length for length in batch.extend_lens])
+    row_bytes, stand_ins = _row_bytes(states), _stand_ins(batch)
+    nbytes = [row_bytes * length for length in batch.extend_lens]
+    for b, found in stand_ins.items():
+        nbytes[b] += len(found.rows) * _row_bytes({"embeds_MH": logits.mm_input_embeds})
+    admitted = _pick(batch, nbytes)
     for _, one in admitted:
         one.enter(process.this.bank.window)
     picked = [b for b, one in admitted if one.left_out is None]
     if not picked:
         return
+    embeds = {}
+    if captured := [found for b, found in stand_ins.items() if b in picked]:
+        joined = (torch.from_numpy(np.concatenate(of_all)) for of_all in zip(*captured, strict=True))
+        rows_M, said_M = (_at_once(numbers, tokens_N.device) for numbers in joined)
+        tokens_N, embeds = tokens_N.index_copy(0, rows_M, said_M), {"embeds_MH": logits.mm_input_embeds[rows_M]}
     if len(picked) < len(batch.reqs):
         rows = torch.zeros(len(batch.reqs), dtype=torch.bool)
         rows[picked] = True
@@ -62,7 +72,17 @@ def _capture_prefill(batch: Any, result: Any, tokens_N: torch.Tensor) -> None:
         states, tokens_N = {name: state[rows] for name, state in states.items()}, tokens_N[rows]
     prefilled = [_prefilled(batch.reqs[b], batch.prefix_lens[b], batch.extend_lens[b]) for b in picked]
     requests = [one.request for _, one in admitted if one.left_out is None]
-    _capture(requests, states, prompt_tokens_N=tokens_N, prefilled=prefilled)
+    _capture(requests, states | embeds, prompt_tokens_N=tokens_N, prefilled=prefilled)
+
+
+def _stand_ins(batch: Any) -> dict[int, images.StandIns]:
+    """Of the pass's requests that have some in it, by their places in the batch."""
+    if not any(map(images.has_any, batch.reqs)):
+        return {}
+    first_rows = accumulate(batch.extend_lens, initial=0)
+    passes = zip(batch.reqs, batch.prefix_lens, batch.extend_lens, first_rows, strict=False)
+    found = {b: images.stand_ins(req, *where) for b, (req, *where) in enumerate(passes) if images.has_any(req)}
+    return {b: one for b, one in found.items() if len(one.rows)}
 
 
 def _capture_verify(batch: Any, result: Any) -> None:
@@ -127,4 +147,4 @@ def _capture(requests: list[Any], states: dict[str, torch.Tensor], **facts: Any)
 
 
 def _prefilled(req: Any, start: int, length: int) -> Prefilled:
-    return Prefilled(start, length, req.origin_input_ids[:start] if start == req.cached_tokens else ())
+    return Prefilled(start, length, images.prompt(req, start) if start == req.cached_tokens else ())

@@ -14,6 +14,7 @@ from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.runtime_context import get_parallel, get_schedule
 
+from server_patches.common import images
 from server_patches.common.consent import OPT_KEY, SLICE_KEY, asked
 from server_patches.common.draft_weights import LiveDraft
 from server_patches.common.drafting import Switch
@@ -49,11 +50,13 @@ def attach(
     replica: int,
     keep_last_hidden: Callable[[LogitsProcessor], None],
     install: Callable[[Any, Switch], None],
+    keeps_embeds: bool = True,
 ) -> None:
     """After ``EAGLEWorkerV2.__init__``: before CUDA graphs are captured, so last hidden is among their outputs.
 
     ``replica`` is this process's place among those of ``--dp-size``; ``keep_last_hidden`` makes a logits processor of
-    the target keep last hidden states; ``install`` makes the worker's depth the switch's.
+    the target keep last hidden states; ``install`` makes the worker's depth the switch's. Without ``keeps_embeds``,
+    what SGLang gives the draft of images is overwritten by then, or a row late.
     """
     global this
     run = Run.inherited()
@@ -70,7 +73,7 @@ def attach(
         settings = run.settings
         ring = HostRing(_ring_bytes(run, worker.target_worker.model_runner.model_config), pinned=device.type == "cuda")
         max_bytes_s = settings.capture_max_mb_s and settings.capture_max_mb_s * (1 << 20)
-        describe = partial(_Served, run=run)
+        describe = partial(_Served, run=run, with_images=keeps_embeds and images.are_learnt_from(model))
         admission = Admission(ring, describe, settings.capture_sample, max_bytes_s)
         puller = Puller(settings.pull) if settings.pull else None
         exporter = Exporter(run.spans_endpoint, ring, admission, puller)
@@ -98,11 +101,11 @@ class _Served:
 
     __slots__ = ("_req", "alias", "cached_tokens", "is_counted", "prompt", "prompt_tokens", "refusal", "rid", "slice")
 
-    def __init__(self, req: Any, run: Run) -> None:
+    def __init__(self, req: Any, run: Run, with_images: bool) -> None:
         said = asked(req)
         self.rid, self.alias, self._req = req.rid, run.alias(req.rid), req
         self.prompt_tokens, self.cached_tokens = len(req.origin_input_ids), req.cached_tokens
-        self.prompt = req.origin_input_ids if run.disaggregation == "decode" else ()
+        self.prompt = images.prompt(req) if run.disaggregation == "decode" else ()
         label = str(said.get(SLICE_KEY, ""))
         self.slice = label[:_LONGEST_SLICE]
         self.is_counted, self.refusal = True, None
@@ -110,8 +113,8 @@ class _Served:
             self.is_counted, self.refusal = False, "health_check"
         elif req.lora_id is not None:
             self.refusal = "adapter"  # what an adapter computes is not the target's
-        elif req.multimodal_inputs is not None or req.input_embeds is not None:
-            self.refusal = "not_text"  # its tokens are not what the target read
+        elif req.input_embeds is not None or (images.has_any(req) and not with_images):
+            self.refusal = "not_text"  # the draft does not read there what follows the target's states
         elif said.get(OPT_KEY) is False:
             self.refusal = "opted_out"
         elif label in run.settings.capture_deny:

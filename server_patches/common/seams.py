@@ -11,7 +11,7 @@ RESULT = "sglang.srt.managers.utils.GenerationBatchResult"
 MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 KILL = "sglang.srt.managers.tokenizer_manager.kill_process_tree"
 HTTP = "sglang.srt.entrypoints.http_server"
-_DRAFT = "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker"
+DRAFT = "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker"
 
 CONTROL = "draft versions, A/B windows, capture and readers as numbers for every rank"
 STATUS = "this rank's share of the status"
@@ -56,7 +56,7 @@ COMMON: tuple[Seam, ...] = (
         "sglang.srt.environ.Envs", ("SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND",), "set: whether the draft runs undrafted"
     ),
     Members("sglang.srt.model_executor.model_runner.ModelRunner", ("forward_stream",), "waited for: a step, by a swap"),
-    Members(f"{_DRAFT}", ("draft_runner", "hot_token_id", "device"), "read and written: the live draft"),
+    Members(f"{DRAFT}", ("draft_runner", "hot_token_id", "device"), "read and written: the live draft"),
     Target("sglang.srt.models.llama_eagle3.LlamaForCausalLMEagle3.load_weights", ("self", "weights"), "called: shards"),
     Members("sglang.srt.speculative.eagle_info.EagleVerifyInput", ("draft_token", "topk"), "read: what was proposed"),
     Members(RESULT, ("logits_output", "next_token_ids", "accept_lens"), "read: what was accepted"),
@@ -72,6 +72,7 @@ COMMON: tuple[Seam, ...] = (
         f"{BATCH}.Req", ("cached_tokens", "finished", "finished_reason", "output_ids_through_stop"), "read: likewise"
     ),
     Members(f"{BATCH}.Req", ("input_embeds", "multimodal_inputs"), "read: whether it is all tokens"),
+    Symbol(f"{BATCH}.MM_PAD_SHIFT_VALUE", "compared: token ids from there on stand for images"),
     Symbol(f"{BATCH}.FINISH_ABORT", "compared: how a request ended"),
     Target("sglang.srt.sampling.sampling_params.SamplingParams", ("custom_params",), "read: what a request says"),
     Members(f"{SCHEDULER}", ("forward_ct",), "read: the step of a swap"),

@@ -11,7 +11,7 @@ from server_patches.v0_5_22.packing import pack
 
 def attach(result: None, worker: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER ``EAGLEWorkerV2.__init__``."""
-    process.attach(worker, worker.ps.dp_rank or 0, pack, _install)
+    process.attach(worker, worker.ps.dp_rank or 0, pack, _install, keeps_embeds=False)
 
 
 def _install(worker: Any, switch: Switch) -> None:

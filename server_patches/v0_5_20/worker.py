@@ -13,7 +13,7 @@ _accept_index: torch.Tensor | None = None  # of the verification at hand
 
 def attach(result: None, worker: Any, *args: Any, **kwargs: Any) -> None:
     """AFTER ``EAGLEWorkerV2.__init__``."""
-    process.attach(worker, worker.ps.dp_rank or 0, pack, install)
+    process.attach(worker, worker.ps.dp_rank or 0, pack, install, keeps_embeds=False)
 
 
 def around_batch(original: Any, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:

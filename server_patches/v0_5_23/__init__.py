@@ -7,6 +7,7 @@ from server_patches.common.seams import (
     ANSWERS,
     COMMON,
     CONTROL,
+    DRAFT,
     ENDS,
     LOGITS,
     POLICY,
@@ -37,6 +38,12 @@ DOWN_TO_0_5_21: tuple[Seam, ...] = (
     Members("sglang.srt.runtime_context.SpawnRanks", ("dp_rank",), f"relied upon: {REPLICA}"),
     Target(f"{WORKER}._forward_prefill_batch", ("self", "batch"), "AROUND: captures prompts"),
     Members(RESULT, ("accept_index",), "read: which drafts were accepted"),
+    Members(f"{LOGITS}.LogitsProcessorOutput", ("mm_input_embeds",), "read: what stands for images"),
+    Target(
+        f"{DRAFT}._draft_extend_for_prefill",
+        ("self", "batch", "target_hidden_states", "next_token_ids", "mm_input_embeds"),
+        "relied upon: the draft reads them, a row ahead",
+    ),
 )
 DOWN_TO_0_5_22: tuple[Seam, ...] = (
     *DOWN_TO_0_5_21,

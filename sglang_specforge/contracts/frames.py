@@ -16,7 +16,7 @@ from torch import Tensor
 from sglang_specforge.contracts.coding import SCALE_BYTES
 from sglang_specforge.contracts.spans import PROTOCOL, Captured, Message, Span
 
-FRAMES = 4  # of the longest message: the header and three tensors
+FRAMES = 5  # of the longest message: the header and four tensors
 _MOST_POSITIONS = 1 << 27
 _LONGEST_ID = 512  # characters
 _ALIGNED_TO = 4  # bytes: of the widest states
@@ -26,6 +26,7 @@ _STATES = {
     "float8": (torch.uint8, SCALE_BYTES),
 }  # fmt: skip
 _TENSORS = ("aux_N3H", "last_NH", "tokens_N")
+_BESIDE_IMAGES = ("aux_N3H", "last_NH", "embeds_MH", "tokens_N")
 
 
 class WireError(ValueError):
@@ -96,9 +97,10 @@ def _tensors(
 ) -> dict[str, Tensor]:
     names = tuple(layout.name for layout in message.tensors)
     offsets = message.shared.offsets if message.shared else []
-    if names != _TENSORS or len(frames) + len(offsets) != len(_TENSORS):
+    if names not in (_TENSORS, _BESIDE_IMAGES) or len(frames) + len(offsets) != len(names):
         raise WireError(f"{len(frames)} tensor frames and {len(offsets)} places for {names}; expected {_TENSORS}")
-    aux, last, tokens = message.tensors
+    *states, tokens = message.tensors
+    aux, last, *embeds = states
     if len(last.shape) != 2 or not 0 < last.shape[0] < 1 << 32 or not 0 < last.shape[1] < 1 << 32:
         raise WireError(f"last_NH of shape {last.shape}")
     N, H = last.shape
@@ -108,10 +110,14 @@ def _tensors(
         )
     if aux.shape != [N, 3 * H] or tokens.shape != [N]:
         raise WireError(f"aux_N3H of shape {aux.shape} and tokens_N of {tokens.shape} beside last_NH of {last.shape}")
-    if aux.dtype != last.dtype or last.dtype not in _STATES or tokens.dtype != "int64":
-        raise WireError(f"dtypes {aux.dtype}, {last.dtype}, {tokens.dtype}; states are {', '.join(_STATES)}")
+    if any(len(layout.shape) != 2 or layout.shape[1] != H or not 0 < layout.shape[0] <= N for layout in embeds):
+        raise WireError(f"embeds_MH of shape {embeds[0].shape} beside last_NH of {last.shape}")
+    if len({layout.dtype for layout in states}) > 1 or last.dtype not in _STATES or tokens.dtype != "int64":
+        given = ", ".join(layout.dtype for layout in message.tensors)
+        raise WireError(f"dtypes {given}; states are {', '.join(_STATES)}")
     dtype, more = _STATES[last.dtype]
-    dtypes, shapes = (dtype, dtype, torch.int64), ([N, 3 * H + more], [N, H + more], [N])
+    dtypes = [*(dtype for _ in states), torch.int64]
+    shapes = [*([rows, width + more] for rows, width in (layout.shape for layout in states)), [N]]
     sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)]
     placed = [_part(ring, offset, nbytes) for offset, nbytes in zip(offsets, sizes, strict=False)]
     parts, tensors = [*placed, *frames], {}
@@ -119,6 +125,8 @@ def _tensors(
         if part.nbytes != nbytes:
             raise WireError(f"tensor frames do not fit the header: {part.nbytes} bytes for {layout}")
         tensors[layout.name] = torch.frombuffer(part, dtype=dtype).view(shape)
+    below_zero = int((tensors["tokens_N"] < 0).sum())
+    _check(below_zero == len(tensors.get("embeds_MH", ())), "tokens below zero, not one for each embedding", below_zero)
     return tensors
 
 
@@ -135,14 +143,14 @@ def _check_span(span: Span, tokens_N: Tensor, expected: Expected | None) -> None
     _check(0 <= span.row <= len(tokens_N) - span.length, f"first row of a span of {span.length}", span.row)
     _check(0 <= span.start < _MOST_POSITIONS, "position of a span", span.start)
     _check(0 <= span.prompt_tokens <= _MOST_POSITIONS, "tokens of a prompt", span.prompt_tokens)
-    _check(len(span.prefix) in (0, 4 * span.start), f"bytes of tokens for a prefix of {span.start}", len(span.prefix))
+    _check(len(span.prefix) in (0, 8 * span.start), f"bytes of tokens for a prefix of {span.start}", len(span.prefix))
     _check(len(span.rid) <= _LONGEST_ID, "characters in a request's name", len(span.rid))
     _check(len(span.slice) <= _LONGEST_ID, "characters in a slice's name", len(span.slice))
     if expected is not None:
         _check(-1 <= span.rejected < expected.vocab_size, "a refused token", span.rejected)
-        for tokens in (tokens_N[span.row : span.row + span.length].numpy(), np.frombuffer(span.prefix, np.int32)):
-            if tokens.size and not 0 <= tokens.min() <= tokens.max() < expected.vocab_size:
-                raise WireError(f"tokens {tokens.min()} to {tokens.max()}; this target has {expected.vocab_size}")
+        for tokens in (tokens_N[span.row : span.row + span.length].numpy(), np.frombuffer(span.prefix, np.int64)):
+            if tokens.size and tokens.max() >= expected.vocab_size:
+                raise WireError(f"token {tokens.max()}; this target has {expected.vocab_size}")
 
 
 def _check(accepted: bool, what: str, value: int) -> None:

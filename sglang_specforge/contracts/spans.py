@@ -3,15 +3,16 @@
 Frame 0 is a msgpack header; the frames after it are the raw bytes of ``Captured.tensors`` in their order. A reader on
 the same host may open the exporter's memory (``Captured.offered``); then the states stay there (``Captured.shared``),
 and only what has no place in it is a frame. So may one on another machine that can pull (``Captured.pullable``).
-Rows of all tensors correspond: N rows, some of which belong to no span (drafts that were not accepted).
-Shapes: N rows, H hidden.
+Rows of all tensors correspond: N rows, some of which belong to no span (drafts that were not accepted). A token below
+zero is none: the target read a part of an image there, or of a sound, which the next of the M rows of ``embeds_MH`` is.
+Equal ones stand for parts of the same. Shapes: N rows, H hidden.
 """
 
 from typing import Literal
 
 import msgspec
 
-PROTOCOL = 7
+PROTOCOL = 8
 
 Travel = Literal["served", "bfloat16", "float8"]  # how states go: as the target is served, or in fewer bytes
 
@@ -27,7 +28,7 @@ class Span(msgspec.Struct, array_like=True, frozen=True):
     cached_tokens: int  # positions below came from the prefix cache when the request was first prefilled
     proposed: int = -1  # token that the draft proposed for position start + 1; -1 for prefill
     rejected: int = -1  # token that the draft proposed for the position after the span, and the target did not take
-    prefix: bytes = b""  # with a request's first span: the int32 tokens below ``start``, not computed by this server
+    prefix: bytes = b""  # with a request's first span: the int64 tokens below ``start``, not computed by this server
     slice: str = ""  # the request's label: what sampling weights and evaluation tell apart
 
 
@@ -42,9 +43,9 @@ def alias_in(rid: str) -> str:
 
 
 class TensorLayout(msgspec.Struct, array_like=True, frozen=True):
-    name: Literal["aux_N3H", "last_NH", "tokens_N"]
+    name: Literal["aux_N3H", "last_NH", "embeds_MH", "tokens_N"]
     dtype: str  # as torch names it, "bfloat16"; "float8": rows as ``coding.pack`` makes them
-    shape: list[int]  # of the states, [N, width]
+    shape: list[int]  # of the states, [rows, width]
 
 
 class SegmentAddress(msgspec.Struct, array_like=True, frozen=True):

@@ -2,8 +2,8 @@
 
 Shapes: B requests of the pass, N rows, R rows a captured request, D drafted tokens a request, H hidden; F = 2 + D, and
 R more of a tree.
-Prefill rows are the tokens of the pass in order; verify rows are, for each captured request, the R nodes of the longest
-accepted path, of which the first were accepted.
+Prefill rows are the tokens of the pass in order (``contracts.spans`` says what one below zero is); verify rows are, for
+each captured request, the R nodes of the longest accepted path, of which the first were accepted.
 """
 
 from collections.abc import Sequence
@@ -89,7 +89,7 @@ class Entry:
     requests: Sequence[ServedRequest]
     draft_version: int
     region: Region | None = None
-    states: list[tuple[str, Tensor]] = field(default_factory=list)  # name, host tensor [N, width] in the region
+    states: list[tuple[str, Tensor]] = field(default_factory=list)  # name, host tensor [rows, width] in the region
     prompt_tokens_N: Tensor | None = None  # int64, host: of a prefill pass
     prefilled: Sequence[Prefilled] = ()
     verified: Verified | None = None
@@ -141,7 +141,7 @@ def _layout(name: str, tensor: Tensor) -> TensorLayout:
 
 
 def _tokens(ids: Sequence[int]) -> bytes:
-    return np.asarray(ids, np.int32).tobytes() if len(ids) else b""
+    return np.asarray(ids, np.int64).tobytes() if len(ids) else b""
 
 
 class HostCopier:

@@ -1,7 +1,7 @@
 """A forward pass's message in pieces that a socket carries well.
 
 Of a long message the reader would allocate all at once, each time anew, and could not copy its beginning while its end
-is still on the way. Shapes: N rows of a message.
+is still on the way. Shapes: N rows of a message, M of them of no token.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,11 +16,12 @@ _PIECE_BYTES = 8 << 20
 
 
 def cut(message: Captured, tensors: list[Tensor]) -> Iterator[tuple[Captured, list[Tensor]]]:
-    """The message, in parts of about 8 MiB, each with its rows of the ``tensors`` [N, ...].
+    """The message, in parts of about 8 MiB, each with its rows of the ``tensors`` [N, ...], the tokens last.
 
     Only a span that is longer than that is cut. Raises nothing; tensors share memory with those given.
     """
-    pieces, rows = -(-sum(tensor.nbytes for tensor in tensors) // _PIECE_BYTES), len(tensors[-1])
+    tokens_N = tensors[-1]
+    pieces, rows = -(-sum(tensor.nbytes for tensor in tensors) // _PIECE_BYTES), len(tokens_N)
     if pieces <= 1:
         yield message, tensors
         return
@@ -28,18 +29,29 @@ def cut(message: Captured, tensors: list[Tensor]) -> Iterator[tuple[Captured, li
     for spans in _grouped(message.spans, -(-rows // pieces)):
         first, last = spans[0], spans[-1]
         at = slice(first.row, last.row + last.length)
-        parts = [tensor[at] for tensor in tensors]
+        parts = {
+            layout.name: tensor[_embeds_of(tokens_N, at) if layout.name == "embeds_MH" else at]
+            for layout, tensor in zip(message.tensors, tensors, strict=True)
+        }
+        parts = {name: part for name, part in parts.items() if len(part)}
         piece = msgspec.structs.replace(
             message,
             sent_before=sent_before,
             spans=[msgspec.structs.replace(span, row=span.row - first.row) for span in spans],
             tensors=[
-                msgspec.structs.replace(layout, shape=[at.stop - at.start, *layout.shape[1:]])
+                msgspec.structs.replace(layout, shape=[len(parts[layout.name]), *layout.shape[1:]])
                 for layout in message.tensors
+                if layout.name in parts
             ],
         )
-        yield piece, parts
+        yield piece, list(parts.values())
         sent_before += piece.tokens
+
+
+def _embeds_of(tokens_N: Tensor, rows: slice) -> slice:
+    """Which of ``embeds_MH`` these rows have."""
+    before, within = ((tokens_N[at] < 0).sum().item() for at in (slice(rows.start), rows))
+    return slice(before, before + within)
 
 
 def _grouped(spans: Iterable[Span], most_rows: int) -> Iterator[list[Span]]:

@@ -176,6 +176,7 @@ def make_target(family: str, folder: Path) -> Path:
             file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": made.called}))
         return folder
     tokenizer = AutoTokenizer.from_pretrained(_TOKENIZER)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(_COMMON["pad_token_id"])
     tokenizer.add_special_tokens({"additional_special_tokens": list(made.marks.values())})
     text["vocab_size"] = len(tokenizer)
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in made.marks.items()}

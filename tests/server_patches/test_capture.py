@@ -15,7 +15,7 @@ from sglang_specforge.export.pace import Pace
 from sglang_specforge.export.ring import HostRing
 from tests.other_device import OTHER, OtherDevice
 
-CPU, HIDDEN, VOCAB = torch.device("cpu"), 8, 48
+CPU, HIDDEN, VOCAB, PAD = torch.device("cpu"), 8, 48, (1 << 61) + 3
 IDLE = SimpleNamespace(reqs=[], forward_mode=SimpleNamespace(is_idle=lambda: True))
 
 
@@ -33,7 +33,7 @@ def test_no_rows_are_rotated_into_no_rows():
 class Req:
     """One of SGLang's, running."""
 
-    cached_tokens, origin_input_ids = 0, ()
+    cached_tokens, origin_input_ids, multimodal_inputs = 0, (), None
 
     def finished(self):
         return False
@@ -85,6 +85,17 @@ class Rows:
         return SimpleNamespace(hidden_states=self.put(aux), last_hidden_states=self.put(last))
 
 
+def prefill_with_images(reqs, rows):
+    """SGLang has put its own numbers in place of the ids that stand for images by the time that a pass is captured."""
+    first, shown, other = reqs
+    for req in (shown, other):
+        req.multimodal_inputs, req.origin_input_ids = object(), [7, PAD, PAD + 1, 8, PAD][: 5 if req is shown else 1]
+    prompts = batch(reqs, input_ids=rows.tokens(10), extend_lens=[3, 5, 2], prefix_lens=[0, 0, 0])
+    logits = rows.logits(10)
+    logits.mm_input_embeds = rows.put(torch.arange(10.0)[:, None].repeat(1, HIDDEN))
+    around_prefill(lambda worker, batch: SimpleNamespace(logits_output=logits), None, prompts)
+
+
 def batch(reqs, **fields):
     return SimpleNamespace(reqs=reqs, forward_mode=SimpleNamespace(is_idle=lambda: False), **fields)
 
@@ -111,7 +122,7 @@ def prefill(reqs, rows):
 
 PASSES = {
     "a chain": partial(verify, topk=1), "a tree": partial(verify, topk=2),
-    "nothing drafted": partial(verify, topk=1, R=1), "prompts": prefill,
+    "nothing drafted": partial(verify, topk=1, R=1), "prompts": prefill, "prompts with images": prefill_with_images,
 }  # fmt: skip
 
 
@@ -123,7 +134,8 @@ def test_states_of_another_device_are_captured_without_waiting_for_it(monkeypatc
     with OtherDevice() as device:
         found = capture(monkeypatch, left_out, travel, PASSES[which], OTHER)
     assert set(device.waits) == {"aten.copy_.default"}  # into the ring: without waiting, where it is pinned
-    assert len(expected.states) == 2
+    shows = which == "prompts with images" and not left_out[1]
+    assert [name for name, _ in expected.states] == ["aux_N3H", "last_NH"] + ["embeds_MH"] * shows
     for (name, rows), (expected_name, expected_rows) in zip(found.states, expected.states, strict=True):
         assert name == expected_name
         assert torch.equal(rows, expected_rows)
@@ -131,6 +143,16 @@ def test_states_of_another_device_are_captured_without_waiting_for_it(monkeypatc
     assert found.prefilled == expected.prefilled
     if found.verified:
         assert found.verified.facts() == expected.verified.facts()
+
+
+def test_parts_of_images_go_with_their_embeddings_in_place_of_tokens(monkeypatch):
+    entry = capture(monkeypatch, [False] * 3, "served", prefill_with_images, CPU)
+    assert (tokens(entry) < 0).nonzero().flatten().tolist() == [4, 5, 7]
+    assert tokens(entry)[[4, 5, 7]].tolist() == [-PAD, -PAD - 1, -PAD]
+    assert dict(entry.states)["embeds_MH"][:, 0].tolist() == [4, 5, 7]
+    entry = capture(monkeypatch, [True, False, False], "served", prefill_with_images, CPU)
+    assert (tokens(entry) < 0).nonzero().flatten().tolist() == [1, 2, 4]
+    assert dict(entry.states)["embeds_MH"][:, 0].tolist() == [4, 5, 7]
 
 
 def test_nothing_is_copied_of_a_pass_that_drafted_nothing_and_is_not_captured(monkeypatch):

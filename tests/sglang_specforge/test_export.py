@@ -106,7 +106,7 @@ def test_the_tokens_of_a_cached_prefix_go_with_the_first_span():
     entry, _ = prefill(HostCopier(HostRing(1 << 16, False), torch.device("cpu")))
     requests, prefilled = [Request("a", 5, 2), Request("b", 2)], [Prefilled(2, 3, [7, 8]), Prefilled(0, 2)]
     entry = replace(entry, requests=requests, prefilled=prefilled)
-    prefixed = spans.Span("a", 2, 3, 0, 5, 2, prefix=bytes([7, 0, 0, 0, 8, 0, 0, 0]))
+    prefixed = spans.Span("a", 2, 3, 0, 5, 2, prefix=torch.tensor([7, 8]).numpy().tobytes())
     assert entry.spans() == [prefixed, spans.Span("b", 0, 2, 3, 2, 0)]
 
 
@@ -117,7 +117,7 @@ def test_the_tokens_of_a_prompt_that_another_server_prefills_go_with_the_first_v
     facts = torch.tensor([[2, 1, 4, 5], [3, 2, 4, 5]])
     verified = Verified(2, 2, True, facts, picked=[0, 1], counted=[0, 1], slices=[""] * 2, prompts=[5] * 2)
     entry = copier.copy(requests, 0, states(4), verified=verified)
-    assert [span.prefix for span in entry.spans()] == [bytes([7, 0, 0, 0, 8, 0, 0, 0]), b""]
+    assert [span.prefix for span in entry.spans()] == [torch.tensor([7, 8]).numpy().tobytes(), b""]
 
 
 FACTS = torch.tensor([[10, 2, 4, 7, 5, 3], [15, 1, 0, 0, 0, 0], [20, 4, 4, 8, 5, 3], [30, 1, 4, 9, 6, 3]])

@@ -9,7 +9,7 @@ from sglang_specforge.contracts.spans import Captured, Finished, Span, TensorLay
 from sglang_specforge.export import pieces
 from trainer.assemble import Assembler
 
-H, PREFIX = 2, torch.arange(3, dtype=torch.int32).numpy().tobytes()
+H, PREFIX = 2, torch.arange(3).numpy().tobytes()
 
 
 @pytest.fixture(autouse=True)
@@ -17,9 +17,13 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(pieces, "_PIECE_BYTES", 400)
 
 
-def make_pass(*spans, rows):
-    tensors = [torch.randn(rows, 3 * H), torch.randn(rows, H), torch.arange(rows)]
-    names = zip(("aux_N3H", "last_NH", "tokens_N"), tensors, strict=True)
+def make_pass(*spans, rows, images=0):
+    """``images``: how many rows, from the tenth on, are of no token."""
+    tokens_N = torch.arange(rows)
+    tokens_N[10 : 10 + images] *= -1
+    embeds = {"embeds_MH": torch.randn(images, H)} if images else {}
+    tensors = {"aux_N3H": torch.randn(rows, 3 * H), "last_NH": torch.randn(rows, H), **embeds, "tokens_N": tokens_N}
+    names, tensors = tensors.items(), list(tensors.values())
     layouts = [TensorLayout(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in names]
     return Captured("s", 7, 3, list(spans), layouts), tensors
 
@@ -29,10 +33,11 @@ def travel(message, tensors):
     return decode([memoryview(frame) for frame in frames])
 
 
-def test_samples_are_the_same_whole_and_in_pieces():
+@pytest.mark.parametrize("images", [0, 40])
+def test_samples_are_the_same_whole_and_in_pieces(images):
     message, tensors = make_pass(
         Span("long", 3, 60, 5, 60, 3, prefix=PREFIX), Span("short", 0, 4, 70, 3, 0), Span("next", 0, 20, 74, 18, 0),
-        rows=100,
+        rows=100, images=images,
     )  # fmt: skip
     found = {}
     for way, sent in (("whole", [(message, tensors)]), ("pieces", list(pieces.cut(message, tensors)))):
@@ -45,7 +50,7 @@ def test_samples_are_the_same_whole_and_in_pieces():
     assert len(found["whole"]) == 3
     for whole, joined in zip(*found.values(), strict=True):
         assert (whole.rid, whole.start, whole.proposals) == (joined.rid, joined.start, joined.proposals)
-        for name in ("tokens_T", "aux_T3H", "last_TH", "generated_T", "rejected_T"):
+        for name in ("tokens_T", "aux_T3H", "last_TH", "embeds_MH", "generated_T", "rejected_T"):
             assert torch.equal(getattr(whole, name), getattr(joined, name)), name
 
 

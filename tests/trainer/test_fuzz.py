@@ -25,18 +25,19 @@ NAMES = ("", "a", "b", "aux_N3H", "last_NH", "bfloat16", "float32", "nn", "x" * 
 MOST_OPEN_TOKENS, STORE_BYTES, ALLOWED_BYTES = 1 << 16, 1 << 20, 128 << 20
 
 
-def message(spans, sent_before=0, rows=6, stream="s", segment=None, number=0):
-    """With a segment, its offer; with a number too, one whose states are there."""
-    tensors = [
-        torch.randn(rows, 3 * H).bfloat16().view(torch.uint8), torch.randn(rows, H).bfloat16().view(torch.uint8),
-        torch.arange(rows),
-    ]  # fmt: skip
+def message(spans, sent_before=0, rows=6, stream="s", segment=None, number=0, images=0):
+    """With a segment, its offer; with a number too, one whose states are there. ``images``: rows of no token."""
+    tokens_N = torch.arange(rows)
+    tokens_N[1 : 1 + images] *= -1
+    states = {"aux_N3H": [rows, 3 * H], "last_NH": [rows, H]} | ({"embeds_MH": [images, H]} if images else {})
+    layouts = [TensorLayout(name, "bfloat16", shape) for name, shape in states.items()]
+    layouts.append(TensorLayout("tokens_N", "int64", [rows]))
+    tensors = [torch.randn(shape).bfloat16().view(torch.uint8) for shape in states.values()] + [tokens_N]
     more = {"offered": segment.address(1)} if segment else {}
     if number:
-        segment.ring[:384] = torch.cat([tensors.pop(0).flatten(), tensors.pop(0).flatten()])
-        more = {"shared": Shared(number, [0, 288])}
-    shapes = [("aux_N3H", "bfloat16", [rows, 3 * H]), ("last_NH", "bfloat16", [rows, H]), ("tokens_N", "int64", [rows])]
-    layouts = [TensorLayout(*shape) for shape in shapes]
+        placed = torch.cat([tensors.pop(0).flatten() for _ in states])
+        segment.ring[: len(placed)] = placed
+        more = {"shared": Shared(number, [0, 288, 384][: len(states)])}
     header = encode_header(Captured(stream, sent_before, 1, spans, layouts, **more))
     return [header, *(tensor.numpy().tobytes() for tensor in tensors)]
 
@@ -50,14 +51,15 @@ class Exporter:
 
     def way_of_states(self, rng):
         self.sent += 1
-        return {"segment": self.segment, "number": self.sent if rng.random() < 0.5 else 0}
+        number, images = self.sent if rng.random() < 0.5 else 0, rng.choice((0, 0, 3))
+        return {"segment": self.segment, "number": number, "images": images}
 
     def next_message(self, rng, sent_before):
         rid, end = str(self.begun), rng.choice((4, 6, 9))
         way = rng.randrange(5)
         if way == 0:
             self.begun += 1
-            prefix = np.arange(3, dtype=np.int32).tobytes()
+            prefix = np.array([0, -(1 << 62), 2]).tobytes()
             spans = [Span(str(self.begun), 0, 4, 0, 4, 0), Span(f"{rid}b", 3, 2, 4, 5, 3, prefix=prefix, slice="code")]
             return message(spans, sent_before, **self.way_of_states(rng))
         if way <= 2:
@@ -163,13 +165,21 @@ def test_mutated_frames_are_counted_and_cost_no_memory(folder, batches):
         (Span("a", 0, 2, 5, 4, 0), "first row"),
         (Span("a", 0, 1, -1, 4, 0), "first row"),
         (Span("a", 0, 1, 0, 4, 0, rejected=V), "refused token"),
-        (Span("a", 1, 1, 0, 4, 0, prefix=np.array([V], np.int32).tobytes()), "this target has 100"),
+        (Span("a", 1, 1, 0, 4, 0, prefix=np.array([V]).tobytes()), "this target has 100"),
         (Span("a" * 600, 0, 1, 0, 4, 0), "request's name"),
     ],
 )
 def test_a_span_out_of_bounds_is_refused_by_name(span, reason):
     with pytest.raises(WireError, match=reason):
         decode([memoryview(frame) for frame in message([span])], EXPECTED)
+
+
+@pytest.mark.parametrize("said", [{"images": 0}, {"images": 1}, {"images": 3}])
+def test_tokens_below_zero_without_an_embedding_each_are_refused(said):
+    header, *frames = message([Span("a", 0, 6, 0, 6, 0)], **said)
+    frames[-1] = np.array([0, -1, -1, 3, 4, 5]).tobytes()
+    with pytest.raises(WireError, match="tokens below zero"):
+        decode([memoryview(frame) for frame in (header, *frames)], EXPECTED)
 
 
 def test_spans_that_share_rows_are_refused():

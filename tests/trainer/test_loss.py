@@ -37,9 +37,11 @@ def reference(draft, target, samples, settings):
     ids = draft.target_ids_D.tolist()
     per_step, correct, rates = [[] for _ in range(STEPS)], [0] * STEPS, [0.0] * STEPS
     for sample in samples:
-        T = len(sample)
+        T, is_token_T = len(sample), sample.tokens_T >= 0
+        embed_TH = target.embed_VH[sample.tokens_T.clamp(min=0)]
+        embed_TH[~is_token_T] = sample.embeds_MH
         logits = draft(
-            target.embed_VH[sample.tokens_T], sample.aux_T3H, sample.start + torch.arange(T),
+            embed_TH, sample.aux_T3H, sample.start + torch.arange(T),
             Roots.everywhere([(0, T)], torch.device("cpu")),
             lambda begun: [draft.lm_head(hidden) for hidden in begun.unroll(STEPS)],
         )  # fmt: skip
@@ -50,6 +52,8 @@ def reference(draft, target, samples, settings):
             for k in range(STEPS):
                 m = t + 1 + k
                 if m >= T or (settings.loss_on == "generated" and not sample.generated_T[m]):
+                    continue
+                if m + 1 < T and not is_token_T[m + 1]:
                     continue
                 best, rejected = int(teacher_logits[m].argmax()), int(sample.rejected_T[m])
                 correct[k] += best == ids[int(logits[k][t].argmax())]
@@ -66,7 +70,8 @@ def reference(draft, target, samples, settings):
     return sum(w * torch.stack(v).mean() for w, v in zip(settings.step_weights, per_step, strict=True)), correct, rates
 
 
-def compare(tmp_path, draft_vocab, softcap=None, **given):
+def compare(tmp_path, draft_vocab, softcap=None, image=slice(0), **given):
+    """``image``: where the second sample has one."""
     settings = TrainingSettings(ttt_steps=STEPS, **given)
     run = make_run(tmp_path, make_target(tmp_path / "target"), draft_vocab_size=draft_vocab)
     draft = load_draft(run, run.version_path(0)).double()
@@ -79,6 +84,9 @@ def compare(tmp_path, draft_vocab, softcap=None, **given):
         samples.append(
             replace(sample, aux_T3H=sample.aux_T3H.double(), last_TH=sample.last_TH.double(), rejected_T=rejected_T)
         )
+    samples[1].tokens_T[image] = -5
+    samples[1] = replace(samples[1], embeds_MH=torch.randn(len(samples[1].tokens_T[image]), HIDDEN).double())
+    samples[0] = replace(samples[0], embeds_MH=samples[0].embeds_MH.double())
     rows_K = count_rows(samples, STEPS, settings.loss_on == "generated")
     # exp(-decay * rate) = LK_WEIGHTS
     rates_K = [-float(torch.tensor(w).log()) / settings.lk_decay for w in LK_WEIGHTS]
@@ -115,6 +123,11 @@ def test_a_target_whose_logits_are_bounded_teaches_what_it_samples_from(tmp_path
 
 def test_weights_of_steps_and_prompts_too(tmp_path):
     compare(tmp_path, 32, ttt_weights="1,0.25,0.5", loss_on="all")
+
+
+@pytest.mark.parametrize("loss_on", ["all", "generated"])
+def test_an_image_is_read_as_the_target_read_it_and_nothing_learns_to_draft_it(tmp_path, loss_on):
+    compare(tmp_path, 32, loss_on=loss_on, image=slice(2, 4))
 
 
 @pytest.mark.parametrize("rows", [5, 1])  # of one row, the draft vocabulary may have no token to learn

@@ -80,12 +80,14 @@ class StoredSamples:
             return self._leave_out(entry, str(error))
         if checksum(rows) != entry.checksum:
             return self._leave_out(entry, "its bytes do not match their checksum")
+        states = decode(self.manifest, rows)
         return Sample(
             rid=entry.id,
             start=0,
+            embeds_MH=states["last_TH"][:0],
             rejected_T=torch.full((entry.length,), -1),
             slice=entry.slice,
-            **decode(self.manifest, rows),
+            **states,
         )
 
     def _add_shard(self, index: Path) -> None:

@@ -1,0 +1,48 @@
+"""What stands for images, or sounds, in a prompt: the target reads embeddings of its own there, in place of tokens'.
+
+SGLang makes up token ids for their parts, past any vocabulary, out of a hash of the content. In the stream they are
+below zero, and the embeddings go beside them (``contracts.spans``).
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from sglang.srt.managers.schedule_batch import MM_PAD_SHIFT_VALUE
+
+
+class StandIns(NamedTuple):
+    """Of a pass."""
+
+    rows: np.ndarray  # int64, of the pass
+    tokens: np.ndarray  # int64, below zero
+
+
+def are_learnt_from(target: torch.nn.Module) -> bool:
+    """Whether the draft reads a prompt's tokens beside images as it reads others. Where the target multiplies what it
+    looks up (Gemma), SGLang gives the draft the product there, and the plain embedding everywhere else."""
+    embeddings = (module for module in target.modules() if isinstance(module, torch.nn.Embedding))
+    return all(getattr(embedding, "embed_scale", 1) == 1 for embedding in embeddings)
+
+
+def has_any(req: Any) -> bool:
+    """Whether the request may have some: what follows takes time."""
+    return req.multimodal_inputs is not None
+
+
+def prompt(req: Any, end: int | None = None) -> Sequence[int]:
+    """The prompt's tokens up to ``end``, as the stream has them."""
+    return _signed(req, 0, end).tolist() if has_any(req) else req.origin_input_ids[:end]
+
+
+def stand_ins(req: Any, start: int, length: int, row: int) -> StandIns:
+    """Those among ``length`` positions from ``start`` on, whose first row is ``row``."""
+    tokens = _signed(req, start, start + length)
+    [found] = np.nonzero(tokens < 0)
+    return StandIns(row + found, tokens[found])
+
+
+def _signed(req: Any, start: int, end: int | None) -> np.ndarray:
+    ids = np.asarray(req.origin_input_ids[start:end], np.int64)
+    return np.where(ids < MM_PAD_SHIFT_VALUE, ids, -ids)
