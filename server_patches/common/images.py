@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from sglang.srt.managers.schedule_batch import MM_PAD_SHIFT_VALUE
 
 
@@ -17,13 +16,6 @@ class StandIns(NamedTuple):
 
     rows: np.ndarray  # int64, of the pass
     tokens: np.ndarray  # int64, below zero
-
-
-def are_learnt_from(target: torch.nn.Module) -> bool:
-    """Whether the draft reads a prompt's tokens beside images as it reads others. Where the target multiplies what it
-    looks up (Gemma), SGLang gives the draft the product there, and the plain embedding everywhere else."""
-    embeddings = (module for module in target.modules() if isinstance(module, torch.nn.Embedding))
-    return all(getattr(embedding, "embed_scale", 1) == 1 for embedding in embeddings)
 
 
 def has_any(req: Any) -> bool:

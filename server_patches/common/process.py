@@ -73,7 +73,7 @@ def attach(
         settings = run.settings
         ring = HostRing(_ring_bytes(run, worker.target_worker.model_runner.model_config), pinned=device.type == "cuda")
         max_bytes_s = settings.capture_max_mb_s and settings.capture_max_mb_s * (1 << 20)
-        describe = partial(_Served, run=run, with_images=keeps_embeds and images.are_learnt_from(model))
+        describe = partial(_Served, run=run, with_images=keeps_embeds)
         admission = Admission(ring, describe, settings.capture_sample, max_bytes_s)
         puller = Puller(settings.pull) if settings.pull else None
         exporter = Exporter(run.spans_endpoint, ring, admission, puller)

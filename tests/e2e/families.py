@@ -18,6 +18,8 @@ from transformers import (
     Gemma4ImageProcessor,
     Gemma4Processor,
     Gemma4VideoProcessor,
+    Llama4ImageProcessor,
+    Llama4Processor,
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
@@ -51,6 +53,11 @@ _QWEN_MARKS = {
     "vision_end_token_id": "<|vision_end|>",
 }  # fmt: skip
 _MARKS = {"image_token_index": "<image>", "boi_token_index": "<image_begin>", "eoi_token_index": "<image_end>"}
+_GEMMA4_MARKS = {
+    "image_token_id": "<|image|>", "boi_token_id": "<|image>", "eoi_token_id": "<image|>",
+    "audio_token_id": "<|audio|>", "boa_token_id": "<|audio>", "eoa_token_id": "<audio|>",
+    "video_token_id": "<|video|>",
+}  # fmt: skip
 _VISION = {"hidden_size": 32, "intermediate_size": 64}
 _QWEN_VISION = {**_VISION, "depth": 2, "num_heads": 2, "out_hidden_size": 64}
 _SIGLIP = {**_VISION, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
@@ -102,8 +109,14 @@ FAMILIES = {
             "head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 128,
             "attention_chunk_size": 256,
         },
-        {**_SIGLIP, "vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64},
-        _MARKS,
+        {
+            **_SIGLIP, "intermediate_size": 128, "vision_output_dim": 64, "projector_input_dim": 64,
+            "projector_output_dim": 64,
+        },
+        {
+            "image_token_index": "<|patch|>", "boi_token_index": "<|image_start|>", "eoi_token_index": "<|image_end|>",
+            "placeholder_token_index": "<|image|>",
+        },
         flags=("--dtype", "bfloat16"),  # SGLang computes its attention in nothing else
     ),
     "gemma3_images": Family(
@@ -119,7 +132,7 @@ FAMILIES = {
             "num_kv_shared_layers": 0, "final_logit_softcapping": 30.0,
         },
         {**_VISION, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16},
-        {"image_token_id": "<image>", "boi_token_id": "<boi>", "eoi_token_id": "<eoi>"},
+        _GEMMA4_MARKS,
     ),
     "apertus": Family("apertus"),
     "qwen2_5_vl": Family(
@@ -142,16 +155,24 @@ FAMILIES = {
 }  # fmt: skip
 
 
+def _load_tokenizer(**more: Any) -> Any:
+    return AutoTokenizer.from_pretrained(_TOKENIZER, pad_token="<unk>", **more)
+
+
 def _qwen_processor(kind: Any, of_videos: Any, patch: int, tokenizer: Any) -> Any:
     smallest, largest = (2 * patch) ** 2, (4 * patch) ** 2  # two patches are merged each way
     images = Qwen2VLImageProcessor(patch_size=patch, min_pixels=smallest, max_pixels=largest)
     return kind(images, tokenizer, of_videos(patch_size=patch), chat_template=tokenizer.chat_template)
 
 
+def _llama4_processor(tokenizer: Any) -> Any:
+    images = Llama4ImageProcessor(size={"height": 28, "width": 28}, max_patches=2)
+    return Llama4Processor(images, tokenizer, patch_size=14, chat_template=tokenizer.chat_template)
+
+
 def _gemma4_processor(tokenizer: Any) -> Any:
-    names = ("image", "boi", "eoi", "audio", "boa", "eoa", "video")
-    marks = {f"{name}_token": f"<{name}>" for name in names}
-    tokenizer = AutoTokenizer.from_pretrained(_TOKENIZER, extra_special_tokens=marks)
+    marks = {name.removesuffix("_id"): token for name, token in _GEMMA4_MARKS.items()}
+    tokenizer = _load_tokenizer(extra_special_tokens=marks)
     reads = (Gemma4AudioFeatureExtractor(), Gemma4ImageProcessor(), tokenizer, Gemma4VideoProcessor())
     return Gemma4Processor(*reads, chat_template=tokenizer.chat_template)
 
@@ -159,6 +180,7 @@ def _gemma4_processor(tokenizer: Any) -> Any:
 # SGLang starts without one of the others.
 _PROCESSORS = {
     "gemma4": _gemma4_processor,
+    "llama4": _llama4_processor,
     "qwen2_5_vl": partial(_qwen_processor, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor, 14),
     "qwen3_vl": partial(_qwen_processor, Qwen3VLProcessor, Qwen3VLVideoProcessor, 16),
 }
@@ -175,15 +197,16 @@ def make_target(family: str, folder: Path) -> Path:
             file = folder / "config.json"
             file.write_text(json.dumps(json.loads(file.read_text()) | {"model_type": made.called}))
         return folder
-    tokenizer = AutoTokenizer.from_pretrained(_TOKENIZER)
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(_COMMON["pad_token_id"])
+    tokenizer = _load_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": list(made.marks.values())})
     text["vocab_size"] = len(tokenizer)
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in made.marks.items()}
     config = AutoConfig.for_model(
         made.model_type, text_config=text, vision_config=made.vision, tie_word_embeddings=made.tied, **ids
     )
-    AutoModelForImageTextToText.from_config(config).float().save_pretrained(folder)
+    # SGLang looks into the index of several files for Llama 4's vision tower, and serves it as one of text without.
+    most = "1MB" if family == "llama4" else "1GB"
+    AutoModelForImageTextToText.from_config(config).float().save_pretrained(folder, max_shard_size=most)
     if family == "gemma3_images":
         _name_as_published(folder / "model.safetensors")
     if make_processor := _PROCESSORS.get(made.model_type):
