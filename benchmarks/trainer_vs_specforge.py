@@ -100,7 +100,8 @@ def make_samples(shape: Shape) -> list[Sample]:
     return [
         Sample(
             f"r{i}", 0, torch.randint(shape.V, (T,)), torch.randn(T, 3 * shape.H), torch.randn(T, shape.H),
-            torch.empty(0, shape.H), torch.arange(T) + 1 >= int(shape.prompt * T), torch.full((T,), -1),
+            torch.empty(0, shape.H), torch.empty(0, 3, dtype=torch.int32),
+            torch.arange(T) + 1 >= int(shape.prompt * T), torch.full((T,), -1),
         )
         for i, T in enumerate(shape.lengths)
     ]  # fmt: skip

@@ -73,6 +73,12 @@ def import_draft(given: Path, target_path: Path, out: Path) -> Path:
         raise CheckpointError(
             f"draft checkpoint {given}: rope_type {kind!r} cannot be trained, only {', '.join(ROTARY)}"
         )
+    section = llama.rope_parameters.get("mrope_section")
+    if section is not None and (len(section) != 3 or sum(section) != llama.head_dim // 2):
+        raise CheckpointError(
+            f"draft checkpoint {given}: mrope_section {section} is not accepted, only three numbers that add up to "
+            f"{llama.head_dim // 2}, half of head_dim"
+        )
     config = draft_config(target, D, name_of(dtype), fingerprint)
     config |= {name: getattr(llama, name) for name in (*COPIED, *_OWN)}
     config |= {name: raw[name] for name in _KEPT if name in raw}

@@ -47,6 +47,7 @@ def make_sample(tokens: int, prompt_tokens: int = 4, seed: int = 0, **fields) ->
         "aux_T3H": torch.randn(tokens, 3 * HIDDEN, generator=g),
         "last_TH": torch.randn(tokens, HIDDEN, generator=g),
         "embeds_MH": torch.empty(0, HIDDEN),
+        "places_M3": torch.empty(0, 3, dtype=torch.int32),
         "rejected_T": torch.full((tokens,), -1),
         "draft_version": 0,
         "proposals": [],

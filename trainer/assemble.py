@@ -89,7 +89,7 @@ class Assembler:
         """
         if isinstance(message, Finished):
             return self._finish(message)
-        rows = Rows(**{"embeds_MH": tensors["last_NH"][:0]} | tensors)
+        rows = Rows(**tensors) if "embeds_MH" in tensors else Rows.of_text(**tensors)
         copies = [self._copy(rows.pick(slice(span.row, span.row + span.length))) for span in message.spans]
         if are_intact():
             self._add_spans(message, copies)
@@ -105,8 +105,8 @@ class Assembler:
 
     def _copy(self, rows: Rows) -> Rows:
         """A row that stays must not keep the whole pass, of every request, in memory."""
-        tokens_N, *states = rows
-        return Rows(tokens_N.clone(), *(unpack(state, self._dtype) for state in states))
+        states = {name: unpack(getattr(rows, name), self._dtype) for name in ("aux_N3H", "last_NH", "embeds_MH")}
+        return Rows(tokens_N=rows.tokens_N.clone(), places_M3=rows.places_M3.clone(), **states)
 
     def _add_spans(self, message: Captured, copies: list[Rows]) -> None:
         for span, rows in zip(message.spans, copies, strict=True):
@@ -224,4 +224,4 @@ class Assembler:
 
 def _named(rows: Rows) -> dict[str, Tensor]:
     """As fields of a sample."""
-    return dict(zip(("tokens_T", "aux_T3H", "last_TH", "embeds_MH"), rows, strict=True))
+    return dict(zip(("tokens_T", "aux_T3H", "last_TH", "embeds_MH", "places_M3"), rows, strict=True))

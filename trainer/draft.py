@@ -60,6 +60,7 @@ class Draft(nn.Module):
     """
 
     lm_head: nn.Linear
+    turns_by_axes = False  # positions of packs that show images are [N, 3]
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()

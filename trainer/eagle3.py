@@ -55,6 +55,7 @@ class Eagle3Draft(Draft):
         self.norm, self._norms_output = RMSNorm(H, eps), bool(config.get("norm_output"))
         self.lm_head = nn.Linear(H, config["draft_vocab_size"], bias=False)
         self._rotary = RotaryEmbedding(llama)
+        self.turns_by_axes = self._rotary.has_axes
 
     def start(self, aux_N3H: Tensor) -> Tensor:
         if self.input_norm is not None:

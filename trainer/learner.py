@@ -142,7 +142,7 @@ class Learner:
         H = self.target.head_VH.shape[1]
         return Sample(
             "", 0, torch.zeros(1, dtype=torch.int64), torch.zeros(1, 3 * H), torch.zeros(1, H), torch.zeros(0, H),
-            torch.zeros(1, dtype=torch.bool), torch.full((1,), -1),
+            torch.zeros(0, 3, dtype=torch.int32), torch.zeros(1, dtype=torch.bool), torch.full((1,), -1),
         )  # fmt: skip
 
 

@@ -96,7 +96,8 @@ def run_draft(draft: Draft, target: FrozenTarget, pack: Pack, roots: Roots, use:
     embed_NH = target.embed(pack.tokens_N.clamp(min=0), pack.aux_N3H.dtype)
     if pack.embeds_MH.numel():
         embed_NH.masked_scatter_((pack.tokens_N < 0)[:, None], pack.embeds_MH)
-    return draft(embed_NH, pack.aux_N3H, pack.positions_N, roots, use)
+    on_axes = draft.turns_by_axes and pack.positions_N3 is not None
+    return draft(embed_NH, pack.aux_N3H, pack.positions_N3 if on_axes else pack.positions_N, roots, use)
 
 
 class Taught(NamedTuple):

@@ -1,11 +1,12 @@
 """Rotary angles of a draft: transformers' own variants, with the settings as SGLang reads them.
 
-Shapes: N rows of a pack of samples, P head size.
+Shapes: N rows of a pack of samples, P head size, F frequencies, half of it.
 """
 
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -17,17 +18,42 @@ class RotaryEmbedding:
     """Angles by the variant that the configuration names. No module: nothing of it is saved or sharded."""
 
     def __init__(self, config: LlamaConfig) -> None:
+        self._axis_F = _axes(config.rope_parameters, config.head_dim // 2)
         config.rope_parameters = as_served(config.rope_parameters, config.head_dim)
         self._embedding = LlamaRotaryEmbedding(config)
 
-    def __call__(self, like: Tensor, positions_N: Tensor) -> Rotary:
-        """Cosines and sines [1, N, P], float32."""
-        return self._embedding.to(like.device)(like.float(), positions_N[None])
+    @property
+    def has_axes(self) -> bool:
+        """Whether it takes positions in time, height and width."""
+        return self._axis_F is not None
+
+    def __call__(self, like: Tensor, positions: Tensor) -> Rotary:
+        """Cosines and sines [1, N, P], float32, of positions [N], or [N, 3] on the three axes."""
+        embedding = self._embedding.to(like.device)
+        if positions.ndim == 1:
+            return embedding(like.float(), positions[None])
+        self._axis_F = self._axis_F.to(positions.device)
+        angle_1NP = (positions[:, self._axis_F] * embedding.inv_freq).repeat(1, 2)[None]
+        return angle_1NP.cos(), angle_1NP.sin()
+
+
+def _axes(given: dict[str, Any], F: int) -> Tensor | None:
+    """The axis that turns each of F frequencies, int64, as ``MRotaryEmbedding`` of SGLang has it."""
+    if (section := given.get("mrope_section")) is None:
+        return None
+    if not given.get("mrope_interleaved"):
+        return torch.arange(3).repeat_interleave(torch.tensor(section))
+    axis_F = torch.zeros(F, dtype=torch.int64)
+    for axis in (1, 2):
+        axis_F[axis : 3 * section[axis] : 3] = axis
+    return axis_F
 
 
 def as_served(given: dict[str, Any], P: int) -> dict[str, Any]:
     """The settings that make transformers compute what ``sglang.srt.layers.rotary_embedding.get_rope`` does of
     ``given``: the two differ in what ``dynamic`` and a few settings of ``yarn`` mean."""
+    if "mrope_section" in given:  # whatever else is said (``llama_eagle3.LlamaModel``)
+        return {"rope_type": "default", "rope_theta": given["rope_theta"]}
     if given["rope_type"] == "dynamic":
         # Not by the sequence at hand: one base for all, that of the longest, or where there is an alpha, by that.
         factor = given.get("factor", 1.0)

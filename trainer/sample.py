@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.roots import Run, Runs, repeated, runs_of
-from trainer.rows import Rows
+from trainer.rows import Rows, positions_on_axes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,6 +24,7 @@ class Sample:
     aux_T3H: Tensor
     last_TH: Tensor
     embeds_MH: Tensor
+    places_M3: Tensor
     generated_T: Tensor  # bool: the token after this row's is the target's (an assistant's), not a prompt's
     rejected_T: Tensor  # int64: the token that the live draft proposed there and the target refused, or -1
     slice: str = ""  # the request's label, or the data's
@@ -38,7 +39,7 @@ class Sample:
 
     @property
     def rows(self) -> Rows:
-        return Rows(self.tokens_T, self.aux_T3H, self.last_TH, self.embeds_MH)
+        return Rows(self.tokens_T, self.aux_T3H, self.last_TH, self.embeds_MH, self.places_M3)
 
     def teaches(self, generated_only: bool) -> Tensor:
         """Rows that teach what to draft, bool [T]: generated ones, or all but those before what is no token."""
@@ -59,6 +60,7 @@ class Pack(NamedTuple):
     embeds_MH: Tensor
     rejected_N: Tensor  # int64
     positions_N: Tensor  # int64, absolute
+    positions_N3: Tensor | None  # int64, on three axes; None where no image is shown, and all three are alike
     first_row_N: Tensor  # int64, of the row's sample
     samples: Runs  # rows of each
     generated: list[Run]  # rows whose next token is the target's
@@ -88,9 +90,13 @@ def pack(samples: list[Sample], device: torch.device) -> Pack:
             for start, end in runs_of(s.teaches(generated_only))
         ]
 
+    on_axes = []
+    if any(len(s.embeds_MH) for s in samples):
+        on_axes = [positions_on_axes(s.tokens_T, s.places_M3, s.start) for s in samples]
     return Pack(
         *map(joined, ("tokens_T", "aux_T3H", "last_TH", "embeds_MH", "rejected_T")),
         positions_N=torch.arange(ends[-1], device=device) + ahead_N,
+        positions_N3=torch.cat(on_axes).to(device, non_blocking=True) if on_axes else None,
         first_row_N=repeated([first for first, _ in rows], lengths, device),
         samples=rows,
         generated=teaching(generated_only=True),

@@ -66,7 +66,7 @@ def _receive(plan: _Plan, passes: list[list[int]]) -> list[list[Sample]]:
         return [[] for _ in passes]
     columns = []
     for name, (dtype, width) in zip(_TENSORS, plan.layouts, strict=True):
-        counts = plan.embeds if name == "embeds_MH" else plan.lengths
+        counts = plan.embeds if name in ("embeds_MH", "places_M3") else plan.lengths
         rows = [counts[i] for i in own]
         joined = torch.empty((sum(rows), width) if width else (sum(rows),), dtype=getattr(torch, dtype))
         if joined.numel():

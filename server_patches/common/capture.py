@@ -62,15 +62,17 @@ def _capture_prefill(batch: Any, result: Any, tokens_N: torch.Tensor) -> None:
         return
     embeds = {}
     if captured := [found for b, found in stand_ins.items() if b in picked]:
-        joined = (torch.from_numpy(np.concatenate(of_all)) for of_all in zip(*captured, strict=True))
-        rows_M, said_M = (_at_once(numbers, tokens_N.device) for numbers in joined)
+        rows, said, _ = (torch.from_numpy(np.concatenate(of_all)) for of_all in zip(*captured, strict=True))
+        rows_M, said_M = _at_once(rows, tokens_N.device), _at_once(said, tokens_N.device)
         tokens_N, embeds = tokens_N.index_copy(0, rows_M, said_M), {"embeds_MH": logits.mm_input_embeds[rows_M]}
     if len(picked) < len(batch.reqs):
         rows = torch.zeros(len(batch.reqs), dtype=torch.bool)
         rows[picked] = True
         rows = _at_once(rows.repeat_interleave(torch.tensor(batch.extend_lens)).nonzero().flatten(), tokens_N.device)
         states, tokens_N = {name: state[rows] for name, state in states.items()}, tokens_N[rows]
-    prefilled = [_prefilled(batch.reqs[b], batch.prefix_lens[b], batch.extend_lens[b]) for b in picked]
+    prefilled = [
+        _prefilled(batch.reqs[b], batch.prefix_lens[b], batch.extend_lens[b], stand_ins.get(b)) for b in picked
+    ]
     requests = [one.request for _, one in admitted if one.left_out is None]
     _capture(requests, states | embeds, prompt_tokens_N=tokens_N, prefilled=prefilled)
 
@@ -146,5 +148,6 @@ def _capture(requests: list[Any], states: dict[str, torch.Tensor], **facts: Any)
     process.this.exporter.capture(process.this.copier.copy(requests, process.this.bank.active_version, states, **facts))
 
 
-def _prefilled(req: Any, start: int, length: int) -> Prefilled:
-    return Prefilled(start, length, images.prompt(req, start) if start == req.cached_tokens else ())
+def _prefilled(req: Any, start: int, length: int, shown: images.StandIns | None) -> Prefilled:
+    prefix = images.prompt(req, start) if start == req.cached_tokens else ()
+    return Prefilled(start, length, prefix, shown.places.tobytes() if shown else b"")

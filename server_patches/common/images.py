@@ -14,8 +14,9 @@ from sglang.srt.managers.schedule_batch import MM_PAD_SHIFT_VALUE
 class StandIns(NamedTuple):
     """Of a pass."""
 
-    rows: np.ndarray  # int64, of the pass
-    tokens: np.ndarray  # int64, below zero
+    rows: np.ndarray  # int64 [M], of the pass
+    tokens: np.ndarray  # int64 [M], below zero
+    places: np.ndarray  # int32 [M, 3]
 
 
 def has_any(req: Any) -> bool:
@@ -32,7 +33,10 @@ def stand_ins(req: Any, start: int, length: int, row: int) -> StandIns:
     """Those among ``length`` positions from ``start`` on, whose first row is ``row``."""
     tokens = _signed(req, start, start + length)
     [found] = np.nonzero(tokens < 0)
-    return StandIns(row + found, tokens[found])
+    turned_by = req.multimodal_inputs.mrope_positions  # [3, tokens]; of targets that turn by one position: None
+    positions = start + found
+    places = np.stack([positions] * 3, 1) if turned_by is None else turned_by[:, positions].T.cpu().numpy()
+    return StandIns(row + found, tokens[found], places.astype(np.int32))
 
 
 def _signed(req: Any, start: int, end: int | None) -> np.ndarray:

@@ -73,6 +73,7 @@ COMMON: tuple[Seam, ...] = (
     ),
     Members(f"{BATCH}.Req", ("input_embeds", "multimodal_inputs"), "read: whether it is all tokens"),
     Symbol(f"{BATCH}.MM_PAD_SHIFT_VALUE", "compared: token ids from there on stand for images"),
+    Members(f"{BATCH}.MultimodalInputs", ("mrope_positions",), "read: where they are"),
     Symbol(f"{BATCH}.FINISH_ABORT", "compared: how a request ended"),
     Target("sglang.srt.sampling.sampling_params.SamplingParams", ("custom_params",), "read: what a request says"),
     Members(f"{SCHEDULER}", ("forward_ct",), "read: the step of a swap"),

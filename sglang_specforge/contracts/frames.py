@@ -57,8 +57,8 @@ def decode(
     expected: Expected | None = None,
     ring_of: Callable[[str], Ring | None] = lambda stream: None,
 ) -> tuple[Message, dict[str, Tensor]]:
-    """Header and tensors of a message (rows of states as ``coding.unpack`` takes them); the tensors share the frames'
-    memory, or that of the stream's ring.
+    """Header and tensors of a message (rows of states as ``coding.unpack`` takes them), with ``places_M3`` (int32)
+    beside ``embeds_MH``; the tensors share the frames' memory, or that of the stream's ring.
 
     Raises:
         WireError: another protocol, a malformed header, frames that do not fit it, or another target's states.
@@ -127,6 +127,11 @@ def _tensors(
         tensors[layout.name] = torch.frombuffer(part, dtype=dtype).view(shape)
     below_zero = int((tensors["tokens_N"] < 0).sum())
     _check(below_zero == len(tensors.get("embeds_MH", ())), "tokens below zero, not one for each embedding", below_zero)
+    _check(len(message.places) == 12 * below_zero, f"bytes of places for {below_zero} embeddings", len(message.places))
+    if below_zero:
+        places = np.frombuffer(message.places, np.int32).reshape(-1, 3).copy()
+        _check(places.min() >= 0 and places.max() < _MOST_POSITIONS, "places, up to", int(places.max()))
+        tensors["places_M3"] = torch.from_numpy(places)
     return tensors
 
 

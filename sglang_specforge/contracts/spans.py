@@ -80,6 +80,7 @@ class Captured(msgspec.Struct, tag="captured", frozen=True):
     draft_version: int  # version active when the pass ran
     spans: list[Span]
     tensors: list[TensorLayout]
+    places: bytes = b""  # int32 [M, 3]: where ``embeds_MH`` are in time, height and width, as the target turns by them
     offered: SegmentAddress | None = None
     pullable: RemoteSegment | None = None
     shared: Shared | None = None

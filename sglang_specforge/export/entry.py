@@ -26,6 +26,7 @@ class Prefilled(NamedTuple):
     start: int  # first position of the pass
     length: int  # tokens of the pass
     prefix: Sequence[int] = ()  # of the request's first pass: tokens that were cached, and are not computed
+    places: bytes = b""  # its part of ``Captured.places``
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +109,12 @@ class Entry:
         tokens_N = self.verified.tokens_N() if self.verified else self.prompt_tokens_N
         tensors = [*self.states, ("tokens_N", tokens_N)]
         layouts = [_layout(name, tensor) for name, tensor in tensors]
-        return Captured(stream, sent_before, self.draft_version, spans, layouts), [t for _, t in tensors]
+        places = b"".join(prefilled.places for prefilled in self.prefilled)
+        return Captured(stream, sent_before, self.draft_version, spans, layouts, places), [t for _, t in tensors]
 
     def _prefill_spans(self) -> list[Span]:
         spans, row = [], 0
-        for r, (start, length, cached) in zip(self.requests, self.prefilled, strict=True):
+        for r, (start, length, cached, _) in zip(self.requests, self.prefilled, strict=True):
             if length:
                 spans.append(
                     Span(

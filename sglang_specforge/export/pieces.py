@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sglang_specforge.contracts.spans import Captured, Span
 
-_PIECE_BYTES = 8 << 20
+_PIECE_BYTES, _PLACE_BYTES = 8 << 20, 12
 
 
 def cut(message: Captured, tensors: list[Tensor]) -> Iterator[tuple[Captured, list[Tensor]]]:
@@ -29,8 +29,9 @@ def cut(message: Captured, tensors: list[Tensor]) -> Iterator[tuple[Captured, li
     for spans in _grouped(message.spans, -(-rows // pieces)):
         first, last = spans[0], spans[-1]
         at = slice(first.row, last.row + last.length)
+        shown = _embeds_of(tokens_N, at)
         parts = {
-            layout.name: tensor[_embeds_of(tokens_N, at) if layout.name == "embeds_MH" else at]
+            layout.name: tensor[shown if layout.name == "embeds_MH" else at]
             for layout, tensor in zip(message.tensors, tensors, strict=True)
         }
         parts = {name: part for name, part in parts.items() if len(part)}
@@ -38,6 +39,7 @@ def cut(message: Captured, tensors: list[Tensor]) -> Iterator[tuple[Captured, li
             message,
             sent_before=sent_before,
             spans=[msgspec.structs.replace(span, row=span.row - first.row) for span in spans],
+            places=message.places[shown.start * _PLACE_BYTES : shown.stop * _PLACE_BYTES],
             tensors=[
                 msgspec.structs.replace(layout, shape=[len(parts[layout.name]), *layout.shape[1:]])
                 for layout in message.tensors

@@ -160,7 +160,7 @@ def _load_tokenizer(**more: Any) -> Any:
 
 
 def _qwen_processor(kind: Any, of_videos: Any, patch: int, tokenizer: Any) -> Any:
-    smallest, largest = (2 * patch) ** 2, (4 * patch) ** 2  # two patches are merged each way
+    smallest, largest = (2 * patch) ** 2, (12 * patch) ** 2  # two patches are merged each way
     images = Qwen2VLImageProcessor(patch_size=patch, min_pixels=smallest, max_pixels=largest)
     return kind(images, tokenizer, of_videos(patch_size=patch), chat_template=tokenizer.chat_template)
 

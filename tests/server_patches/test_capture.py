@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -89,7 +90,9 @@ def prefill_with_images(reqs, rows):
     """SGLang has put its own numbers in place of the ids that stand for images by the time that a pass is captured."""
     first, shown, other = reqs
     for req in (shown, other):
-        req.multimodal_inputs, req.origin_input_ids = object(), [7, PAD, PAD + 1, 8, PAD][: 5 if req is shown else 1]
+        turned_by = torch.arange(100, 115).view(3, 5) if req is shown else None
+        req.multimodal_inputs = SimpleNamespace(mrope_positions=turned_by)
+        req.origin_input_ids = [7, PAD, PAD + 1, 8, PAD][: 5 if req is shown else 1]
     prompts = batch(reqs, input_ids=rows.tokens(10), extend_lens=[3, 5, 2], prefix_lens=[0, 0, 0])
     logits = rows.logits(10)
     logits.mm_input_embeds = rows.put(torch.arange(10.0)[:, None].repeat(1, HIDDEN))
@@ -150,6 +153,8 @@ def test_parts_of_images_go_with_their_embeddings_in_place_of_tokens(monkeypatch
     assert (tokens(entry) < 0).nonzero().flatten().tolist() == [4, 5, 7]
     assert tokens(entry)[[4, 5, 7]].tolist() == [-PAD, -PAD - 1, -PAD]
     assert dict(entry.states)["embeds_MH"][:, 0].tolist() == [4, 5, 7]
+    places = np.frombuffer(entry.message("stream", 0, [])[0].places, np.int32).reshape(3, 3)
+    assert places.tolist() == [[101, 106, 111], [102, 107, 112], [104, 109, 114]]
     entry = capture(monkeypatch, [True, False, False], "served", prefill_with_images, CPU)
     assert (tokens(entry) < 0).nonzero().flatten().tolist() == [1, 2, 4]
     assert dict(entry.states)["embeds_MH"][:, 0].tolist() == [4, 5, 7]

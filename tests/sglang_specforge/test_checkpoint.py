@@ -187,6 +187,10 @@ def test_a_draft_may_be_given_as_pytorch_model_bin(tmp_path, draft, target):
             {"rope_parameters": {"rope_type": "proportional"}},
             r"rope_type 'proportional' cannot be trained, only default",
         ),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 1]}},
+            r"mrope_section \[1, 1, 1\] is not accepted, only three numbers that add up to 4, half",
+        ),
         ({"draft_vocab_size": -1}, f"draft_vocab_size -1 is not accepted, only 1 to {VOCAB}"),
     ],
 )

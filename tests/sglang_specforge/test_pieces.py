@@ -25,7 +25,8 @@ def make_pass(*spans, rows, images=0):
     tensors = {"aux_N3H": torch.randn(rows, 3 * H), "last_NH": torch.randn(rows, H), **embeds, "tokens_N": tokens_N}
     names, tensors = tensors.items(), list(tensors.values())
     layouts = [TensorLayout(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in names]
-    return Captured("s", 7, 3, list(spans), layouts), tensors
+    places = torch.arange(3 * images, dtype=torch.int32).numpy().tobytes()
+    return Captured("s", 7, 3, list(spans), layouts, places), tensors
 
 
 def travel(message, tensors):
@@ -50,7 +51,7 @@ def test_samples_are_the_same_whole_and_in_pieces(images):
     assert len(found["whole"]) == 3
     for whole, joined in zip(*found.values(), strict=True):
         assert (whole.rid, whole.start, whole.proposals) == (joined.rid, joined.start, joined.proposals)
-        for name in ("tokens_T", "aux_T3H", "last_TH", "embeds_MH", "generated_T", "rejected_T"):
+        for name in ("tokens_T", "aux_T3H", "last_TH", "embeds_MH", "places_M3", "generated_T", "rejected_T"):
             assert torch.equal(getattr(whole, name), getattr(joined, name)), name
 
 

@@ -38,7 +38,8 @@ def message(spans, sent_before=0, rows=6, stream="s", segment=None, number=0, im
         placed = torch.cat([tensors.pop(0).flatten() for _ in states])
         segment.ring[: len(placed)] = placed
         more = {"shared": Shared(number, [0, 288, 384][: len(states)])}
-    header = encode_header(Captured(stream, sent_before, 1, spans, layouts, **more))
+    places = np.arange(3 * images, dtype=np.int32).tobytes()
+    header = encode_header(Captured(stream, sent_before, 1, spans, layouts, places, **more))
     return [header, *(tensor.numpy().tobytes() for tensor in tensors)]
 
 
@@ -180,6 +181,14 @@ def test_tokens_below_zero_without_an_embedding_each_are_refused(said):
     frames[-1] = np.array([0, -1, -1, 3, 4, 5]).tobytes()
     with pytest.raises(WireError, match="tokens below zero"):
         decode([memoryview(frame) for frame in (header, *frames)], EXPECTED)
+
+
+@pytest.mark.parametrize("places", [b"", bytes(12), np.full(9, -1, np.int32).tobytes()])
+def test_embeddings_without_a_place_each_are_refused(places):
+    header, *frames = message([Span("a", 0, 6, 0, 6, 0)], images=3)
+    told = msgspec.structs.replace(msgspec.msgpack.decode(header, type=Captured), places=places)
+    with pytest.raises(WireError, match="places"):
+        decode([memoryview(frame) for frame in (encode_header(told), *frames)], EXPECTED)
 
 
 def test_spans_that_share_rows_are_refused():

@@ -85,7 +85,10 @@ def compare(tmp_path, draft_vocab, softcap=None, image=slice(0), **given):
             replace(sample, aux_T3H=sample.aux_T3H.double(), last_TH=sample.last_TH.double(), rejected_T=rejected_T)
         )
     samples[1].tokens_T[image] = -5
-    samples[1] = replace(samples[1], embeds_MH=torch.randn(len(samples[1].tokens_T[image]), HIDDEN).double())
+    shown = len(samples[1].tokens_T[image])
+    samples[1] = replace(
+        samples[1], embeds_MH=torch.randn(shown, HIDDEN).double(), places_M3=torch.zeros(shown, 3, dtype=torch.int32)
+    )
     samples[0] = replace(samples[0], embeds_MH=samples[0].embeds_MH.double())
     rows_K = count_rows(samples, STEPS, settings.loss_on == "generated")
     # exp(-decay * rate) = LK_WEIGHTS

@@ -22,7 +22,8 @@ def rows_of(tokens_T):
     """What a target computes: every position's states depend on all tokens up to it. Below zero, it reads an image."""
     seen_T = (tokens_T * torch.arange(1, len(tokens_T) + 1)).cumsum(0).float()
     aux_T3H, last_TH = seen_T[:, None].repeat(1, 3 * H), seen_T[:, None].repeat(1, H) + 0.5
-    return Rows(tokens_T, aux_T3H, last_TH, last_TH[tokens_T < 0] + 0.25)
+    shown_TH = last_TH[tokens_T < 0]
+    return Rows(tokens_T, aux_T3H, last_TH, shown_TH + 0.25, shown_TH[:, :1].int().repeat(1, 3))
 
 
 def tokens(length, seed, begins=(), least=0):
@@ -124,8 +125,7 @@ def test_what_memory_has_no_room_for_comes_back_from_the_disk(tmp_path):
 
 def test_bfloat16_comes_back_from_the_disk_bit_by_bit(tmp_path):
     store = PrefixStore("target", 1, Spill(tmp_path, 1 << 20, block_bytes(H, torch.bfloat16)))
-    states = (torch.randn(rows, width).bfloat16() for rows, width in ((100, 3 * H), (100, H), (0, H)))
-    rows = Rows(tokens(100, 0), *states)
+    rows = Rows.of_text(tokens(100, 0), torch.randn(100, 3 * H).bfloat16(), torch.randn(100, H).bfloat16())
     store.put(rows.tokens_N, 0, rows)
     found = store.restore(rows.tokens_N)
     assert store.counts.stored_bytes == 0

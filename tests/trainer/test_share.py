@@ -14,7 +14,8 @@ def make_samples():
     samples = []
     for tokens in (5, 9, 12, 7, 6):
         embeds_MH = torch.full((3 if tokens > 6 else 0, HIDDEN), tokens + 0.5)
-        sample = make_sample(tokens, seed=tokens, start=tokens % 3, slice=f"s{tokens}", embeds_MH=embeds_MH)
+        shown = {"embeds_MH": embeds_MH, "places_M3": embeds_MH[:, :3].int()}
+        sample = make_sample(tokens, seed=tokens, start=tokens % 3, slice=f"s{tokens}", **shown)
         sample.tokens_T[2 : 2 + len(embeds_MH)] = -7
         samples.append(sample)
     return samples

@@ -85,6 +85,7 @@ class StoredSamples:
             rid=entry.id,
             start=0,
             embeds_MH=states["last_TH"][:0],
+            places_M3=torch.empty(0, 3, dtype=torch.int32),
             rejected_T=torch.full((entry.length,), -1),
             slice=entry.slice,
             **states,
