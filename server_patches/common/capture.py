@@ -62,9 +62,9 @@ def _capture_prefill(batch: Any, result: Any, tokens_N: torch.Tensor) -> None:
         return
     embeds = {}
     if captured := [found for b, found in stand_ins.items() if b in picked]:
-        rows, said, _ = (torch.from_numpy(np.concatenate(of_all)) for of_all in zip(*captured, strict=True))
-        rows_M, said_M = _at_once(rows, tokens_N.device), _at_once(said, tokens_N.device)
-        tokens_N, embeds = tokens_N.index_copy(0, rows_M, said_M), {"embeds_MH": logits.mm_input_embeds[rows_M]}
+        shown, said = (np.concatenate(of_all) for of_all in list(zip(*captured, strict=True))[:2])
+        shown_M, said_M = (_at_once(torch.from_numpy(numbers), tokens_N.device) for numbers in (shown, said))
+        tokens_N, embeds = tokens_N.index_copy(0, shown_M, said_M), {"embeds_MH": logits.mm_input_embeds[shown_M]}
     if len(picked) < len(batch.reqs):
         rows = torch.zeros(len(batch.reqs), dtype=torch.bool)
         rows[picked] = True

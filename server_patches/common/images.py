@@ -16,7 +16,7 @@ class StandIns(NamedTuple):
 
     rows: np.ndarray  # int64 [M], of the pass
     tokens: np.ndarray  # int64 [M], below zero
-    places: np.ndarray  # int32 [M, 3]
+    places: np.ndarray  # int32 [M, 3], in time, height and width
 
 
 def has_any(req: Any) -> bool:
@@ -33,9 +33,12 @@ def stand_ins(req: Any, start: int, length: int, row: int) -> StandIns:
     """Those among ``length`` positions from ``start`` on, whose first row is ``row``."""
     tokens = _signed(req, start, start + length)
     [found] = np.nonzero(tokens < 0)
-    turned_by = req.multimodal_inputs.mrope_positions  # [3, tokens]; of targets that turn by one position: None
-    positions = start + found
-    places = np.stack([positions] * 3, 1) if turned_by is None else turned_by[:, positions].T.cpu().numpy()
+    positions, turned_by = start + found, req.multimodal_inputs.mrope_positions
+    # There are none where the target turns by one position; of a session, older versions have those of a part.
+    if turned_by is None or turned_by.shape[1] < len(req.origin_input_ids):
+        places = np.stack([positions] * 3, 1)
+    else:
+        places = turned_by[:, positions].T.cpu().numpy()
     return StandIns(row + found, tokens[found], places.astype(np.int32))
 
 
