@@ -1,13 +1,15 @@
 """The trainer's arithmetic on a device that is not the host: it computes the same, and hardly ever waits."""
 
+import json
 from typing import get_args
 
 import pytest
 import torch
 
+from sglang_specforge.checkpoint import load_config
 from sglang_specforge.training_settings import Objective, Speculation, TrainingSettings
 from tests.other_device import OTHER, Elsewhere, OtherDevice
-from tests.tiny import VOCAB, make_run, make_sample, make_target
+from tests.tiny import HIDDEN, VOCAB, make_run, make_sample, make_target
 from tests.trainer.plain_flex import plain_flex
 from trainer import attention, loss
 from trainer.evaluate import simulate
@@ -20,6 +22,9 @@ SAMPLES = [
     make_sample(tokens, prompt, seed=tokens, start=start, rejected_T=torch.arange(tokens) % VOCAB)
     for tokens, prompt, start in [(40, 9, 0), (31, 12, 3), (9, 4, 0)]
 ]
+SHOWN = {"embeds_MH": torch.randn(3, HIDDEN), "places_M3": torch.tensor([[4, 4, 4], [4, 4, 5], [4, 5, 4]]).int()}
+SAMPLES.append(make_sample(20, 12, **SHOWN))
+SAMPLES[-1].tokens_T[4:7] = -7
 
 
 @pytest.fixture
@@ -29,9 +34,15 @@ def other_device(monkeypatch):
     return OtherDevice()
 
 
-@pytest.fixture
-def run(tmp_path):
-    return make_run(tmp_path, make_target(tmp_path / "target"))
+@pytest.fixture(params=["one position", "three positions"])
+def run(request, tmp_path):
+    """Whose draft turns its heads by so many."""
+    run = make_run(tmp_path, make_target(tmp_path / "target"))
+    if request.param == "three positions":
+        config = load_config(run.version_path(0))
+        config["rope_parameters"]["mrope_section"] = [2, 1, 1]
+        (run.version_path(0) / "config.json").write_text(json.dumps(config))
+    return run
 
 
 def on_device(run, device):
