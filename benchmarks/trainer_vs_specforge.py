@@ -38,7 +38,8 @@ from sglang_specforge.training_settings import TrainingSettings
 from trainer.eagle3 import Eagle3Draft
 from trainer.fused import fuse
 from trainer.loss import FrozenTarget, Goal, unroll
-from trainer.sample import Sample, count_rows, pack
+from trainer.rows import Rows
+from trainer.sample import Sample, count_rows, fields_of, pack
 
 PEER = Path(__file__).parent / ".peer"
 DECAY = 0.8
@@ -99,12 +100,16 @@ def make_weights(shape: Shape) -> dict[str, Tensor]:
 def make_samples(shape: Shape) -> list[Sample]:
     return [
         Sample(
-            f"r{i}", 0, torch.randint(shape.V, (T,)), torch.randn(T, 3 * shape.H), torch.randn(T, shape.H),
-            torch.empty(0, shape.H), torch.empty(0, 3, dtype=torch.int32),
-            torch.arange(T) + 1 >= int(shape.prompt * T), torch.full((T,), -1),
+            f"r{i}",
+            0,
+            **fields_of(
+                Rows.of_text(torch.randint(shape.V, (T,)), torch.randn(T, 3 * shape.H), torch.randn(T, shape.H))
+            ),
+            generated_T=torch.arange(T) + 1 >= int(shape.prompt * T),
+            rejected_T=torch.full((T,), -1),
         )
         for i, T in enumerate(shape.lengths)
-    ]  # fmt: skip
+    ]
 
 
 Step = Callable[[], tuple[float, Tensor]]  # the loss and a gradient to compare

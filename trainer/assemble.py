@@ -22,7 +22,7 @@ from sglang_specforge.contracts.control import TokenLedger
 from sglang_specforge.contracts.spans import Captured, Finished, Message, Span
 from trainer.prefix_store import PrefixStore
 from trainer.rows import Rows
-from trainer.sample import Sample
+from trainer.sample import Sample, fields_of
 
 _REMEMBERED_ENDS = 4096
 _MIN_TOKENS = 2  # a row needs the token after it
@@ -186,7 +186,7 @@ class Assembler:
         sample = Sample(
             rid=rid,
             start=start,
-            **_named(joined),
+            **fields_of(joined),
             generated_T=(next_T >= request.prompt_tokens) & (next_T < total_tokens),
             rejected_T=rejected_T,
             slice=request.slice,
@@ -211,7 +211,7 @@ class Assembler:
         return replace(
             sample,
             start=start,
-            **_named(Rows.joined([found.rows.pick(slice(start - found.start, None)), sample.rows])),
+            **fields_of(Rows.joined([found.rows.pick(slice(start - found.start, None)), sample.rows])),
             generated_T=torch.cat([restored_is_generated, sample.generated_T]),
             rejected_T=F.pad(sample.rejected_T, (restored, 0), value=-1),
             restored=restored,
@@ -220,8 +220,3 @@ class Assembler:
     def _leave_out(self, reason: str, piece_T: Tensor, kept: int) -> int:
         self._ledger.drop(reason, int((piece_T[kept:] >= 0).sum()))
         return min(kept, len(piece_T))
-
-
-def _named(rows: Rows) -> dict[str, Tensor]:
-    """As fields of a sample."""
-    return dict(zip(("tokens_T", "aux_T3H", "last_TH", "embeds_MH", "places_M3"), rows, strict=True))

@@ -25,7 +25,8 @@ from trainer.fused import fuse
 from trainer.loss import FrozenTarget, Goal, unroll
 from trainer.mfu import peak_flops
 from trainer.optimizer import make_optimizers, set_learning_rates
-from trainer.sample import Sample, count_rows, pack
+from trainer.rows import Rows
+from trainer.sample import Sample, count_rows, fields_of, pack
 from trainer.share import gather
 
 
@@ -140,10 +141,9 @@ class Learner:
     def _idle_sample(self) -> Sample:
         """One row, which has no teacher."""
         H = self.target.head_VH.shape[1]
-        return Sample(
-            "", 0, torch.zeros(1, dtype=torch.int64), torch.zeros(1, 3 * H), torch.zeros(1, H), torch.zeros(0, H),
-            torch.zeros(0, 3, dtype=torch.int32), torch.zeros(1, dtype=torch.bool), torch.full((1,), -1),
-        )  # fmt: skip
+        row = Rows.of_text(torch.zeros(1, dtype=torch.int64), torch.zeros(1, 3 * H), torch.zeros(1, H))
+        generated_T, rejected_T = torch.zeros(1, dtype=torch.bool), torch.full((1,), -1)
+        return Sample("", 0, **fields_of(row), generated_T=generated_T, rejected_T=rejected_T)
 
 
 def load_draft(job: Job, folder: Path) -> Draft:

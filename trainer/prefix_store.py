@@ -17,17 +17,18 @@ import torch
 from torch import Tensor
 
 from sglang_specforge.contracts.control import PrefixCounts
+from sglang_specforge.contracts.spans import PLACE_BYTES
 from trainer.rows import Rows
 from trainer.spill import Slot, Spill
 
 BLOCK = 64  # tokens
-_TOKEN_BYTES, _PLACE_BYTES = 8, 12
+_TOKEN_BYTES = 8
 
 
 def block_bytes(hidden_size: int, dtype: torch.dtype, with_embeds: bool = False) -> int:
     """Of a whole block's rows, each with an embedding or none: what a slot of the spill has to hold."""
     state_bytes = hidden_size * dtype.itemsize
-    return BLOCK * (_TOKEN_BYTES + 4 * state_bytes + (state_bytes + _PLACE_BYTES if with_embeds else 0))
+    return BLOCK * (_TOKEN_BYTES + 4 * state_bytes + (state_bytes + PLACE_BYTES if with_embeds else 0))
 
 
 class _Block(NamedTuple):

@@ -51,6 +51,11 @@ class Sample:
         return self.tokens_T.numel()
 
 
+def fields_of(rows: Rows) -> dict[str, Tensor]:
+    """The rows as fields of a sample."""
+    return dict(zip(("tokens_T", "aux_T3H", "last_TH", "embeds_MH", "places_M3"), rows, strict=True))
+
+
 class Pack(NamedTuple):
     """Samples end to end, without padding."""
 

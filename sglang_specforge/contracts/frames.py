@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sglang_specforge.contracts.coding import SCALE_BYTES
-from sglang_specforge.contracts.spans import PROTOCOL, Captured, Message, Span
+from sglang_specforge.contracts.spans import PLACE_BYTES, PROTOCOL, Captured, Message, Span
 
 FRAMES = 5  # of the longest message: the header and four tensors
 _MOST_POSITIONS = 1 << 27
@@ -127,7 +127,8 @@ def _tensors(
         tensors[layout.name] = torch.frombuffer(part, dtype=dtype).view(shape)
     below_zero = int((tensors["tokens_N"] < 0).sum())
     _check(below_zero == len(tensors.get("embeds_MH", ())), "tokens below zero, not one for each embedding", below_zero)
-    _check(len(message.places) == 12 * below_zero, f"bytes of places for {below_zero} embeddings", len(message.places))
+    place_bytes = len(message.places)
+    _check(place_bytes == PLACE_BYTES * below_zero, f"bytes of places for {below_zero} embeddings", place_bytes)
     if below_zero:
         places = np.frombuffer(message.places, np.int32).reshape(-1, 3).copy()
         _check(places.min() >= 0 and places.max() < _MOST_POSITIONS, "places, up to", int(places.max()))

@@ -13,6 +13,7 @@ from typing import Literal
 import msgspec
 
 PROTOCOL = 8
+PLACE_BYTES = 12  # of one of ``Captured.places``
 
 Travel = Literal["served", "bfloat16", "float8"]  # how states go: as the target is served, or in fewer bytes
 

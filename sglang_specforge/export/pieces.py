@@ -10,9 +10,9 @@ from itertools import pairwise
 import msgspec
 from torch import Tensor
 
-from sglang_specforge.contracts.spans import Captured, Span
+from sglang_specforge.contracts.spans import PLACE_BYTES, Captured, Span
 
-_PIECE_BYTES, _PLACE_BYTES = 8 << 20, 12
+_PIECE_BYTES = 8 << 20
 
 
 def cut(message: Captured, tensors: list[Tensor]) -> Iterator[tuple[Captured, list[Tensor]]]:
@@ -39,7 +39,7 @@ def cut(message: Captured, tensors: list[Tensor]) -> Iterator[tuple[Captured, li
             message,
             sent_before=sent_before,
             spans=[msgspec.structs.replace(span, row=span.row - first.row) for span in spans],
-            places=message.places[shown.start * _PLACE_BYTES : shown.stop * _PLACE_BYTES],
+            places=message.places[shown.start * PLACE_BYTES : shown.stop * PLACE_BYTES],
             tensors=[
                 msgspec.structs.replace(layout, shape=[len(parts[layout.name]), *layout.shape[1:]])
                 for layout in message.tensors

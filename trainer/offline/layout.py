@@ -15,6 +15,7 @@ import xxhash
 from torch import Tensor
 
 from sglang_specforge.contracts.coding import FLOAT8, from_float8, target_row_bytes, to_float8
+from trainer.rows import Rows
 
 Stored = Literal["bfloat16", "float32", "float8"]
 _FORMAT = 2
@@ -83,14 +84,14 @@ def encode(
     return {name: rows[name].contiguous() for name in sorted(rows)}
 
 
-def decode(manifest: Manifest, rows: dict[str, Tensor]) -> dict[str, Tensor]:
-    """``tokens_T`` (int64), ``generated_T`` (bool), ``aux_T3H`` and ``last_TH`` (float8 comes back as served)."""
+def decode(manifest: Manifest, rows: dict[str, Tensor]) -> tuple[Rows, Tensor]:
+    """The rows (float8 comes back as served), and which of them are generated (bool [T])."""
     served = getattr(torch, manifest.served_dtype)
-    states = {}
-    for name, key in (("aux", "aux_T3H"), ("last", "last_TH")):
+    states = []
+    for name in ("aux", "last"):
         coded = rows[name]
-        states[key] = from_float8(coded, rows[f"{name}_scale"]).to(served) if coded.dtype == FLOAT8 else coded
-    return {"tokens_T": rows["tokens"].long(), "generated_T": rows["generated"].bool(), **states}
+        states.append(from_float8(coded, rows[f"{name}_scale"]).to(served) if coded.dtype == FLOAT8 else coded)
+    return Rows.of_text(rows["tokens"].long(), *states), rows["generated"].bool()
 
 
 def checksum(rows: dict[str, Tensor]) -> int:

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from trainer.offline.layout import DatasetError, Manifest, checksum, decode, index_paths, metadata_of, shard_path
-from trainer.sample import Sample
+from trainer.sample import Sample, fields_of
 
 logger = logging.getLogger(__name__)
 
@@ -80,15 +80,14 @@ class StoredSamples:
             return self._leave_out(entry, str(error))
         if checksum(rows) != entry.checksum:
             return self._leave_out(entry, "its bytes do not match their checksum")
-        states = decode(self.manifest, rows)
+        stored, generated_T = decode(self.manifest, rows)
         return Sample(
             rid=entry.id,
             start=0,
-            embeds_MH=states["last_TH"][:0],
-            places_M3=torch.empty(0, 3, dtype=torch.int32),
+            **fields_of(stored),
+            generated_T=generated_T,
             rejected_T=torch.full((entry.length,), -1),
             slice=entry.slice,
-            **states,
         )
 
     def _add_shard(self, index: Path) -> None:
