@@ -10,7 +10,6 @@ from zmq.utils import z85
 from sglang_specforge.sockets import EndpointTaken
 
 _DOMAIN = "draft-training"  # of ZAP
-_HEARTBEAT_EVERY_MS, _SILENT_MS = 2_000, 10_000  # a machine that is gone says no goodbye
 _KEPT_ALIVE = {zmq.TCP_KEEPALIVE: 1, zmq.TCP_KEEPALIVE_IDLE: 10, zmq.TCP_KEEPALIVE_INTVL: 5, zmq.TCP_KEEPALIVE_CNT: 3}
 
 
@@ -89,10 +88,9 @@ class Door:
 
 
 def _watch_over(socket: zmq.Socket) -> None:
-    """Who sends asks for an answer. Who reads leaves it to the kernel to: where its queue is full and the other end
-    goes, libzmq aborts the process at the next heartbeat of its own (zeromq/libzmq#4841)."""
-    if socket.socket_type == zmq.PUSH:
-        socket.heartbeat_ivl, socket.heartbeat_timeout = _HEARTBEAT_EVERY_MS, _SILENT_MS
-    else:
-        for option, value in _KEPT_ALIVE.items():
-            socket.setsockopt(option, value)
+    """A machine that is gone says no goodbye. The kernels see to it: a reader in a long step, whose queue is full,
+    answers none of ZMQ's own heartbeats and would be cut off; where it sends them, libzmq aborts its process once the
+    other end goes (zeromq/libzmq#4841).
+    """
+    for option, value in _KEPT_ALIVE.items():
+        socket.setsockopt(option, value)
