@@ -34,7 +34,7 @@ def copy_as_float8(samples: StoredSamples, folder: Path) -> None:
     writer = DatasetWriter(folder, msgspec.structs.replace(samples.manifest, stored="float8"), 256 << 20)
     for entry in samples.entries:
         if (sample := samples.load(entry)) is not None:
-            writer.add(entry.id, sample.tokens_T, sample.generated_T, sample.aux_T3H, sample.last_TH, entry.slice)
+            writer.add(entry.id, sample.rows, sample.generated_T, entry.slice)
     writer.flush()
 
 

@@ -18,7 +18,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from sglang_specforge.client import GeneratingKey, fail, or_fail
 from sglang_specforge.new_draft import coverage
-from sglang_specforge.prepare.conversations import Conversation, Layout, Skipped, parsed, read_rows, to_conversation
+from sglang_specforge.prepare.conversations import (
+    Conversation,
+    Layout,
+    Row,
+    Skipped,
+    parsed,
+    read_rows,
+    to_conversation,
+)
+from sglang_specforge.prepare.illustrations import illustrate
 from sglang_specforge.prepare.regenerate import Regenerator
 from sglang_specforge.prepare.tokens import ChatTokens, Encoded, LossOn
 from sglang_specforge.prepared import SCHEMA, Prepared
@@ -104,7 +113,7 @@ class Preparation:
         self._seen: set[str] = set()
         self._written = self._tokens = self._learnt = self._rows = 0
 
-    def sequences(self, rows: Iterable[dict[str, Any]], limit: int | None, workers: int) -> Iterator[Prepared]:
+    def sequences(self, rows: Iterable[Row], limit: int | None, workers: int) -> Iterator[Prepared]:
         for row in _in_order(self._make, rows, workers):
             kept = [made for made in row if self._keep(made)]
             self._rows += bool(kept)
@@ -138,9 +147,9 @@ class Preparation:
             return True
         return False
 
-    def _make(self, row: dict[str, Any]) -> list[Prepared | Skipped]:
+    def _make(self, row: Row) -> list[Prepared | Skipped]:
         try:
-            return [self._checked(found, row["slice"]) for found in self._encode(row)]
+            return [self._checked(found, row.slice) for found in self._encode(row)]
         except Skipped as reason:
             return [reason]
 
@@ -154,10 +163,11 @@ class Preparation:
             return Skipped(f"longer than {longest} tokens")
         return Prepared.of(*found, slice_name) if any(found.mask) else Skipped("nothing to learn")
 
-    def _encode(self, row: dict[str, Any]) -> list[Encoded | Skipped]:
-        conversation = to_conversation(row, self._layout)
+    def _encode(self, row: Row) -> list[Encoded | Skipped]:
+        conversation = to_conversation(row.columns, self._layout)
         if isinstance(conversation, str):
             return [self._chat.encode_text(conversation)]
+        conversation = illustrate(conversation, row.columns, row.folder)
         if self._regenerator is None or not conversation.turns:
             return self._chat.encode(conversation)
         return self._regenerated(conversation)
@@ -174,11 +184,12 @@ class Preparation:
                 if "tool_calls" in messages[turn]:
                     given.append(self._chat.turn(conversation, turn))
                     continue
-                prompt = self._chat.prompt(conversation.until(turn))
+                before = conversation.until(turn)
+                prompt = self._chat.prompt(before)
                 if len(prompt) >= self._bounds[1]:
                     raise Skipped(f"longer than {self._bounds[1]} tokens")
-                answer = self._regenerator.answer(prompt)
-                given.append(Encoded.answer(prompt, answer))
+                answer = self._regenerator.answer(prompt, before.images)
+                given.append(Encoded.answer(prompt, answer, before.images))
                 if turn != conversation.turns[-1]:
                     messages[turn] = {"role": "assistant", "content": self._chat.text(answer)}
         except Skipped as reason:
@@ -190,7 +201,7 @@ class Preparation:
         self._learnt += made.count_into(self.counts_V)
 
 
-def _in_order(make: Any, rows: Iterable[dict[str, Any]], workers: int) -> Iterator[Any]:
+def _in_order(make: Any, rows: Iterable[Row], workers: int) -> Iterator[Any]:
     """``map`` over threads that never reads further ahead than they can work."""
     with ThreadPoolExecutor(workers) as pool:
         ahead: deque[Future] = deque()

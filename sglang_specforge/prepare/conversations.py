@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 
 import datasets
 
-Message = dict[str, Any]  # role and content, and what else chat templates read
+Message = dict[str, Any]  # role and content (text, or parts where it shows images), and what else chat templates read
 Layout = Literal["auto", "sharegpt", "ultrachat", "messages", "text"]
 
 _ROLES = {
@@ -23,6 +23,14 @@ class Skipped(ValueError):
     """A row, or a part of it, that gives nothing to learn from; the message is the reason it is counted under."""
 
 
+class Row(NamedTuple):
+    """Of a source."""
+
+    columns: dict[str, Any]
+    slice: str  # its own column of that name counts, or else the name of the file or dataset
+    folder: Path  # where paths of images begin
+
+
 class Conversation(NamedTuple):
     """What a chat template renders."""
 
@@ -34,14 +42,18 @@ class Conversation(NamedTuple):
         """Where the assistant's messages are."""
         return [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
 
+    @property
+    def images(self) -> list[Any]:
+        """Those that it shows, in order."""
+        contents = [message["content"] for message in self.messages if isinstance(message["content"], list)]
+        return [part["image"] for content in contents for part in content if part["type"] == "image"]
+
     def until(self, end: int) -> "Conversation":
         return self._replace(messages=self.messages[:end])
 
 
-def read_rows(source: str, split: str) -> Iterator[dict[str, Any]]:
-    """Rows of a local file (by its suffix) or of a Hugging Face dataset, streamed; each with its ``slice``.
-
-    A row's own column of that name counts, or else the name of the file or dataset.
+def read_rows(source: str, split: str) -> Iterator[Row]:
+    """Rows of a local file (by its suffix) or of a Hugging Face dataset, streamed.
 
     Raises:
         FileNotFoundError: ``source`` looks like a file and is not there.
@@ -57,12 +69,28 @@ def read_rows(source: str, split: str) -> Iterator[dict[str, Any]]:
     else:
         given = {"path": source, "split": split}
     try:
-        for row in datasets.load_dataset(**given, streaming=True):
-            yield {**row, "slice": str(row.get("slice") or path.stem)}
+        for columns in _with_images_as_they_came(datasets.load_dataset(**given, streaming=True)):
+            yield Row(columns, str(columns.get("slice") or path.stem), path.parent)
     except StopIteration:  # what datasets makes of a file without rows
         return
     except (ValueError, OSError) as error:
         raise ValueError(f"{source} cannot be read: {error}; mend it, or leave it out") from error
+
+
+def _with_images_as_they_came(rows: datasets.IterableDataset) -> datasets.IterableDataset:
+    """Bytes and path, not pixels."""
+    for name, feature in (rows.features or {}).items():
+        if (undecoded := _undecoded(feature)) != feature:
+            rows = rows.cast_column(name, undecoded)
+    return rows
+
+
+def _undecoded(feature: Any) -> Any:
+    if isinstance(feature, datasets.Image):
+        return datasets.Image(decode=False)
+    if isinstance(feature, dict):
+        return {name: _undecoded(inner) for name, inner in feature.items()}
+    return datasets.List(_undecoded(feature.feature)) if isinstance(feature, datasets.List) else feature
 
 
 def to_conversation(row: dict[str, Any], layout: Layout) -> Conversation | str:
@@ -84,7 +112,7 @@ def to_conversation(row: dict[str, Any], layout: Layout) -> Conversation | str:
 
 
 def _sharegpt(turns: list[dict[str, Any]]) -> list[Message]:
-    return [_message(_part(turn, "from", "role"), _part(turn, "value", "content"), turn) for turn in turns]
+    return [_message(_part(turn, "from", "role"), _content(_part(turn, "value", "content")), turn) for turn in turns]
 
 
 def _ultrachat(turns: list[str]) -> list[Message]:
@@ -92,7 +120,7 @@ def _ultrachat(turns: list[str]) -> list[Message]:
 
 
 def _messages(turns: list[dict[str, Any]]) -> list[Message]:
-    return [_message(_part(turn, "role"), _text(_part(turn, "content")), turn) for turn in turns]
+    return [_message(_part(turn, "role"), _content(_part(turn, "content")), turn) for turn in turns]
 
 
 def _part(turn: Any, *names: str) -> Any:
@@ -102,11 +130,24 @@ def _part(turn: Any, *names: str) -> Any:
     return next((turn[name] for name in names if name in turn), None)
 
 
-def _text(content: Any) -> Any:
+def _content(content: Any) -> Any:
     """OpenAI's content in parts as one text, where all of them are text."""
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        return "".join(str(part.get("text") or "") for part in content)
-    return content
+    if not isinstance(content, list):
+        return content
+    parts = [_content_part(part) for part in content]
+    if any(part["type"] == "image" for part in parts):
+        return parts
+    return "".join(part["text"] for part in parts)
+
+
+def _content_part(part: Any) -> dict[str, Any]:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text":
+        return {"type": "text", "text": str(part.get("text") or "")}
+    if kind not in ("image", "image_url"):
+        raise Skipped("content is neither text nor images")
+    given = next((part[name] for name in ("image_url", "image", "url", "path") if part.get(name)), None)
+    return {"type": "image", "image": given}
 
 
 def _message(role: Any, content: Any, turn: dict[str, Any]) -> Message:
@@ -116,7 +157,7 @@ def _message(role: Any, content: Any, turn: dict[str, Any]) -> Message:
     if "tool_calls" in beside:
         beside["tool_calls"] = [_tool_call(call) for call in parsed(beside["tool_calls"], list, "tool_calls")]
         content = content or ""
-    if not isinstance(content, str):
+    if not isinstance(content, str | list):
         raise Skipped("content is no text")
     return {"role": _ROLES[role], "content": content, **beside}
 

@@ -9,6 +9,7 @@ import httpx
 import numpy as np
 
 from sglang_specforge.client import connection
+from sglang_specforge.images import as_sent
 from sglang_specforge.prepare.conversations import Skipped
 
 _TIMEOUT_S = 600.0
@@ -25,17 +26,19 @@ class Regenerator:
         self._lock = threading.Lock()
         self._file = kept.open("a", encoding="utf-8")
 
-    def answer(self, prompt_ids: list[int]) -> list[int]:
-        """Token ids that the target generates after a prompt.
+    def answer(self, prompt_ids: list[int], images: list[str]) -> list[int]:
+        """Token ids that the target generates after a prompt, which shows the images that are referred to.
 
         Raises:
+            OSError: one of them can no longer be read.
             Skipped: the server refuses this prompt, as one that is too long for it.
             httpx.HTTPError: it does not answer, or refuses all.
         """
-        key = self._key(prompt_ids)
+        sent = as_sent(images)
+        key = self._key(prompt_ids, sent)
         if key in self._known:
             return self._known[key]
-        body = {"input_ids": prompt_ids, "sampling_params": self._sampling}
+        body = {"input_ids": prompt_ids, "sampling_params": self._sampling, "image_data": sent or None}
         answer = self._client.post("/generate", json=body)
         if answer.status_code == httpx.codes.BAD_REQUEST:
             raise Skipped("refused by the server")
@@ -51,8 +54,9 @@ class Regenerator:
         self._file.close()
         self._client.close()
 
-    def _key(self, prompt_ids: list[int]) -> str:
+    def _key(self, prompt_ids: list[int], images: list[str]) -> str:
         digest = hashlib.sha256(np.asarray(prompt_ids, np.int32).tobytes())
+        digest.update("".join(images).encode())
         digest.update(json.dumps(self._sampling, sort_keys=True).encode())
         return digest.hexdigest()
 

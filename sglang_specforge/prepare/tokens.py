@@ -1,5 +1,6 @@
 """Conversations into token ids, and which of them an assistant would have to produce."""
 
+from collections import Counter
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from transformers import PreTrainedTokenizerBase
@@ -11,14 +12,15 @@ T = TypeVar("T")
 
 
 class Encoded(NamedTuple):
-    """A sequence of tokens and its loss mask."""
+    """A sequence of tokens and its loss mask; an image that it shows takes the tokens of its place."""
 
     ids: list[int]
     mask: list[bool]
+    images: list[str]  # references, in order
 
     @classmethod
-    def answer(cls, prompt: list[int], answer: list[int]) -> "Encoded":
-        return cls(prompt + answer, [False] * len(prompt) + [True] * len(answer))
+    def answer(cls, prompt: list[int], answer: list[int], images: list[str]) -> "Encoded":
+        return cls(prompt + answer, [False] * len(prompt) + [True] * len(answer), images)
 
 
 class ChatTokens:
@@ -36,7 +38,8 @@ class ChatTokens:
         self._tokenizer, self._loss_on, self._settings = tokenizer, loss_on, settings or {}
         self.vocab_size = len(tokenizer)
         self._marks = bool(tokenizer.chat_template) and "generation" in _statements(tokenizer.get_chat_template())
-        self._special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._added = tokenizer.added_tokens_decoder
+        self._special = {i for i, token in self._added.items() if token.special}
 
     def encode(self, conversation: Conversation) -> list[Encoded]:
         """Raises Skipped."""
@@ -45,25 +48,27 @@ class ChatTokens:
             raise Skipped("no assistant's turn")
         if not self._marks:
             return self.joined([self.turn(conversation, turn) for turn in self._learnt(turns)])
-        found = self._apply(conversation.until(turns[-1] + 1), return_assistant_tokens_mask=True)
+        conversation = conversation.until(turns[-1] + 1)
+        found = self._apply(conversation, return_assistant_tokens_mask=True)
         mask = [bool(m) for m in found["assistant_masks"]]
-        return [Encoded(list(found["input_ids"]), mask if self._loss_on == "all" else _last_run(mask))]
+        mask = mask if self._loss_on == "all" else _last_run(mask)
+        return [Encoded(list(found["input_ids"]), mask, conversation.images)]
 
     def turn(self, conversation: Conversation, turn: int) -> Encoded:
         """One assistant's turn, after its prompt. Raises Skipped."""
         prompt, ids = self.prompt(conversation.until(turn)), self._render(conversation.until(turn + 1))
         if ids[: len(prompt)] != prompt:
             raise Skipped("the chat template renders a prompt differently once its answer follows")
-        return Encoded.answer(prompt, ids[len(prompt) :])
+        return Encoded.answer(prompt, ids[len(prompt) :], conversation.until(turn).images)
 
     def joined(self, turns: list[Encoded]) -> list[Encoded]:
         """Turns of one conversation as few sequences: one that begins with the whole of the one before holds it."""
         sequences: list[Encoded] = []
-        for ids, mask in self._learnt(turns):
+        for ids, mask, images in self._learnt(turns):
             if sequences and ids[: len(sequences[-1].ids)] == sequences[-1].ids:
                 held = sequences.pop().mask
                 mask = held + mask[len(held) :]
-            sequences.append(Encoded(ids, mask))
+            sequences.append(Encoded(ids, mask, images))
         return sequences
 
     def prompt(self, conversation: Conversation) -> list[int]:
@@ -81,7 +86,7 @@ class ChatTokens:
 
     def encode_text(self, text: str) -> Encoded:
         """Plain text is learnt as a whole."""
-        return Encoded.answer([], self._tokenizer(text).input_ids)
+        return Encoded.answer([], self._tokenizer(text).input_ids, [])
 
     def _learnt(self, turns: list[T]) -> list[T]:
         return turns if self._loss_on == "all" else turns[-1:]
@@ -90,11 +95,31 @@ class ChatTokens:
         return list(self._apply(conversation, add_generation_prompt=add_generation_prompt)["input_ids"])
 
     def _apply(self, conversation: Conversation, **kwargs: Any) -> Any:
+        found = self._rendered(conversation, **kwargs)
+        if images := conversation.images:
+            without = self._rendered(_unillustrated(conversation), **kwargs)
+            more = Counter(found["input_ids"]) - Counter(without["input_ids"])
+            # One that takes content for text shows how Python writes the parts.
+            if not any(token in self._added and count >= len(images) for token, count in more.items()):
+                raise Skipped("the chat template has no place for images")
+        return found
+
+    def _rendered(self, conversation: Conversation, **kwargs: Any) -> Any:
         given = {"tokenize": True, "return_dict": True, "tools": conversation.tools}
         try:
             return self._tokenizer.apply_chat_template(conversation.messages, **{**self._settings, **given, **kwargs})
         except Exception as error:  # templates raise what their authors chose
             raise Skipped(f"the chat template refuses it: {error}") from error
+
+
+def _unillustrated(conversation: Conversation) -> Conversation:
+    messages = [
+        {**message, "content": [part for part in message["content"] if part["type"] != "image"]}
+        if isinstance(message["content"], list)
+        else message
+        for message in conversation.messages
+    ]
+    return conversation._replace(messages=messages)
 
 
 def _statements(template: str) -> set[str]:

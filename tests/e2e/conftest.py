@@ -1,6 +1,8 @@
 """Real SGLang servers on this machine's CPU, one at a time, and the requests that the tests make."""
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -78,6 +80,13 @@ def wait_for(what: str, condition: Callable[[], Any], limit_s: float = 90.0) -> 
             return value
         time.sleep(0.2)
     raise AssertionError(f"not within {limit_s:.0f} s: {what}")
+
+
+def run_module(*command: Any) -> str:
+    """What a command of ours prints."""
+    done = subprocess.run([sys.executable, "-m", *map(str, command)], capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def outputs(answers: list[dict[str, Any]]) -> list[list[int]]:

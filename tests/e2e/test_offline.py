@@ -1,8 +1,6 @@
 """Stored data on the real server: prepare, capture, train, serve; and simulation against what is served."""
 
 import json
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,7 +14,7 @@ from sglang_specforge.contracts.spans import Captured, alias_in
 from sglang_specforge.prepared import PreparedFile
 from sglang_specforge.training_settings import Job, Speculation, TrainingSettings
 from sglang_specforge.versions import VersionFolder
-from tests.e2e.conftest import TARGET, outputs, prompts, settled, wait_for
+from tests.e2e.conftest import TARGET, outputs, prompts, run_module, settled, wait_for
 from trainer.assemble import Assembler
 from trainer.evaluate import simulate
 from trainer.inbox import Inbox
@@ -31,12 +29,6 @@ STEP = {
 ANSWER_TOKENS = 64
 
 
-def run(*command):
-    done = subprocess.run([sys.executable, "-m", *map(str, command)], capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def make_dataset(client, folder, conversations):
     """Prompts and the target's own answers, as stored states."""
     rows = (
@@ -44,7 +36,7 @@ def make_dataset(client, folder, conversations):
     )
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     url = client.server.url
-    run("sglang_specforge", "prepare-data", folder / "rows.jsonl", "--out", folder / "data.parquet",
+    run_module("sglang_specforge", "prepare-data", folder / "rows.jsonl", "--out", folder / "data.parquet",
         "--tokenizer", TARGET, "--regenerate", url, "--max-new-tokens", ANSWER_TOKENS)  # fmt: skip
     command = (
         "sglang_specforge",
@@ -56,15 +48,15 @@ def make_dataset(client, folder, conversations):
         "--url",
         url,
     )
-    assert "in all" in run(*command, "--estimate")
-    run(*command)
-    assert "stored 0 sequences" in run(*command)
+    assert "in all" in run_module(*command, "--estimate")
+    run_module(*command)
+    assert "stored 0 sequences" in run_module(*command)
     return folder / "states"
 
 
 def train(data, run_dir, epochs):
     flags = {**STEP, "data": data, "run-dir": run_dir, "epochs": epochs, "schedule": "cosine"}
-    run("trainer", *(part for name, value in flags.items() for part in (f"--{name}", value)))
+    run_module("trainer", *(part for name, value in flags.items() for part in (f"--{name}", value)))
     versions = VersionFolder(run_dir)
     return versions.path(versions.newest())
 

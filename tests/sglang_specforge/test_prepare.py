@@ -58,7 +58,7 @@ def test_rows_of_no_layout_are_skipped_by_reason():
         ({"messages": "hello"}, "messages is no list"),
         ({"text": 5}, "text is no str"),
         ({"data": [1, 2]}, "content is no text"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "content is no text"),
+        ({"messages": [{"role": "user", "content": [{"type": "video_url"}]}]}, "content is neither"),
     ],
 )
 def test_rows_that_only_look_like_a_layout_are_skipped_by_reason(row, reason):
@@ -79,9 +79,9 @@ def learnt(tokenizer, ids, mask):
 @pytest.mark.parametrize("template", [None, UNMARKED])
 def test_assistants_turns_are_learnt_whether_the_template_marks_them_or_not(tokenizer, template):
     tokenizer.chat_template = template or tokenizer.chat_template
-    ((ids, mask),) = ChatTokens(tokenizer, "all").encode(Conversation(MESSAGES))
+    ((ids, mask, _),) = ChatTokens(tokenizer, "all").encode(Conversation(MESSAGES))
     assert learnt(tokenizer, ids, mask) == "return x</s>no</s>"
-    ((ids, mask),) = ChatTokens(tokenizer, "last").encode(Conversation(MESSAGES))
+    ((ids, mask, _),) = ChatTokens(tokenizer, "last").encode(Conversation(MESSAGES))
     assert learnt(tokenizer, ids, mask) == "no</s>"
     assert "return x" in tokenizer.decode(ids)
 
@@ -90,8 +90,8 @@ def test_where_later_turns_change_how_an_answer_is_rendered_each_is_learnt_as_it
     tokenizer.chat_template = FORGETFUL
     chat = ChatTokens(tokenizer, "all")
     first, second = chat.encode(Conversation(MESSAGES))
-    assert learnt(tokenizer, *first) == "return x</s>"
-    assert learnt(tokenizer, *second) == "no</s>"
+    assert learnt(tokenizer, first.ids, first.mask) == "return x</s>"
+    assert learnt(tokenizer, second.ids, second.mask) == "no</s>"
     assert tokenizer.decode(second.ids) == tokenizer.decode(chat.prompt(Conversation(MESSAGES[:3]))) + "no</s>"
     assert "return x" not in tokenizer.decode(second.ids)
     assert ChatTokens(tokenizer, "last").encode(Conversation(MESSAGES)) == [second]

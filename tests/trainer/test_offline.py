@@ -7,18 +7,23 @@ import subprocess
 import sys
 from collections import Counter
 
+import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from sglang_specforge.prepared import Prepared
 from sglang_specforge.target import fingerprint_target
 from sglang_specforge.versions import VersionFolder
 from tests.tiny import HIDDEN, VOCAB, make_target
 from trainer.cli import main
-from trainer.offline.layout import DatasetError, Manifest
+from trainer.offline.capture import mask_of
+from trainer.offline.layout import OF_IMAGES, DatasetError, Manifest
 from trainer.offline.reader import StoredSamples
 from trainer.offline.source import Split
 from trainer.offline.writer import DatasetWriter
+from trainer.rows import Rows
 
 TRAINING = {
     "ttt-steps": 3, "batch-tokens": 64, "learning-rate": 1e-2, "warmup-steps": 5, "epochs": 1000, "holdout-every": 8,
@@ -26,24 +31,31 @@ TRAINING = {
 }  # fmt: skip
 
 
-def make_states(i):
+def make_stored(i):
+    """Of a sequence: its id, rows and loss mask; every fourth shows an image in its prompt."""
     g = torch.Generator().manual_seed(i)
     T = 8 + i % 13
     tokens_T, mask_T = torch.randint(0, VOCAB, (T,), generator=g), torch.arange(T) >= 3
     states = torch.randn(T, 3 * HIDDEN, generator=g), 30 * torch.randn(T, HIDDEN, generator=g)
-    return Prepared.of(tokens_T.tolist(), mask_T.tolist()).id, tokens_T, mask_T, *states
+    rows = Rows.of_text(tokens_T, *states)
+    id = Prepared.of(tokens_T.tolist(), mask_T.tolist()).id
+    if i % 4 == 0:
+        tokens_T[1:3] = -(1 << 40) - i
+        places_23 = torch.tensor([[1, 1, 1], [1, 1, 2]], dtype=torch.int32)
+        rows = rows._replace(embeds_MH=torch.randn(2, HIDDEN, generator=g), places_M3=places_23)
+    return id, rows, mask_T
 
 
-def write(folder, target, samples=40, stored="float32", shard_bytes=20_000):
+def write(folder, target, samples=range(40), stored="float32", shard_bytes=20_000):
     manifest = Manifest(
         target_fingerprint=fingerprint_target(target), target_path=str(target), served_dtype="float32",
         hidden_size=HIDDEN, stored=stored,
     )  # fmt: skip
     writer = DatasetWriter(folder, manifest, shard_bytes)
-    for i in range(samples):
-        states = make_states(i)
-        if states[0] not in writer.stored_ids:
-            writer.add(*states, slice=("even", "odd")[i % 2])
+    for i in samples:
+        id, rows, mask_T = make_stored(i)
+        if id not in writer.stored_ids:
+            writer.add(id, rows, mask_T, slice=("even", "odd")[i % 2])
     writer.flush()
     return writer
 
@@ -66,13 +78,46 @@ def test_states_come_back_as_they_were_stored(tmp_path, target, stored, error):
     assert len(samples.entries) == 40
     found = {entry.id: samples.load(entry) for entry in samples.entries}
     for i in range(40):
-        id, tokens_T, mask_T, aux_T3H, last_TH = make_states(i)
-        assert torch.equal(found[id].tokens_T, tokens_T)
+        id, rows, mask_T = make_stored(i)
+        assert torch.equal(found[id].tokens_T, rows.tokens_N.clamp(min=-1))
+        assert torch.equal(found[id].places_M3, rows.places_M3)
         assert torch.equal(found[id].generated_T, mask_T)
-        for states, wanted in ((found[id].aux_T3H, aux_T3H), (found[id].last_TH, last_TH)):
+        pairs = zip(found[id].rows[1:4], rows[1:4], strict=True)
+        for states, wanted in pairs:
             highest = wanted.abs().amax(-1, keepdim=True)
             assert ((states.float() - wanted).abs() <= error * wanted.abs() + error * highest / 64).all()
     assert samples.damaged == []
+
+
+def test_a_dataset_of_before_images_is_read(tmp_path, target):
+    numbers = [i for i in range(40) if i % 4]
+    write(tmp_path / "data", target, numbers)
+    manifest = tmp_path / "data" / "dataset.json"
+    manifest.write_text(manifest.read_text().replace('"format": 3', '"format": 2'))
+    for index in (tmp_path / "data" / "index").iterdir():
+        pq.write_table(pq.read_table(index).drop_columns(["image_row", "image_rows"]), index)
+    for shard in (tmp_path / "data" / "shards").iterdir():
+        with safe_open(shard, "pt") as file:
+            kept = {n: file.get_tensor(n) for n in file.keys() if n not in OF_IMAGES}  # noqa: SIM118
+            save_file(kept, shard, metadata=file.metadata())
+    samples = StoredSamples(tmp_path / "data")
+    found = {entry.id: samples.load(entry) for entry in samples.entries}
+    assert samples.damaged == []
+    assert all(torch.equal(found[id].aux_T3H, rows.aux_N3H) for id, rows, _ in map(make_stored, numbers))
+
+
+def test_the_loss_mask_is_on_the_answer_wherever_images_put_it():
+    place, answer = 60, [7, 8, 9]
+    sequence = Prepared.of([1, place, 2, 3, *answer], [False] * 4 + [True] * 3, ["http://x/a.png"])
+    for around in ([-5] * 4, [50, *[-5] * 4, 51], [-5, -5, 50, -5, -5, 51]):
+        captured = [1, *around, 2, 3, *answer]
+        mask = mask_of(sequence, captured)
+        assert [token for token, is_learnt in zip(captured, mask, strict=True) if is_learnt] == answer
+        assert mask_of(sequence, [1, *around, 2, 3, 7, 8]) is None
+    assert mask_of(sequence, sequence.input_ids) is None  # it read no image
+    text = Prepared.of(answer, [True] * 3)
+    assert mask_of(text, answer) == [True] * 3
+    assert mask_of(text, [1, *answer]) is None
 
 
 def test_slices_are_drawn_by_their_weights_and_evaluated_apart(tmp_path, data):

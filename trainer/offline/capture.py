@@ -9,15 +9,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from difflib import SequenceMatcher
 from typing import Any
 
 import httpx
 import torch
+import torch.nn.functional as F
 
 from sglang_specforge.client import connection, failure, wait_until_captured
 from sglang_specforge.contracts.control import TokenLedger
 from sglang_specforge.contracts.frames import Expected
 from sglang_specforge.contracts.spans import alias_in
+from sglang_specforge.images import as_sent
 from sglang_specforge.prepared import Prepared
 from sglang_specforge.settings import Run
 from trainer.assemble import Assembler
@@ -30,6 +33,7 @@ _ARRIVES_WITHIN_S = 10.0  # states of an answered request
 _TRIES = 3
 _TIMEOUT_S = 600.0
 _LONGEST = 1 << 24
+_IMAGES_NEED = "; images need a target that reads them, and SGLang 0.5.21 or newer"
 
 
 @dataclass
@@ -115,15 +119,15 @@ class Capture:
             else:
                 break
             rid = f"{sequence.id[:32]}-{tries}"
-            self._under_way[self._alias(rid)] = _Sent(sequence, tries, pool.submit(self._ask, rid, sequence.input_ids))
+            self._under_way[self._alias(rid)] = _Sent(sequence, tries, pool.submit(self._ask, rid, sequence))
             sent = True
         return sent
 
-    def _ask(self, rid: str, input_ids: list[int]) -> None:
+    def _ask(self, rid: str, sequence: Prepared) -> None:
         # A key of its own keeps the prefix cache out: every position is computed, so every position is captured.
         body = {
-            "rid": rid, "input_ids": input_ids, "extra_key": rid,
-            "sampling_params": {"max_new_tokens": 1, "temperature": 0},
+            "rid": rid, "input_ids": sequence.input_ids, "image_data": as_sent(sequence.images) or None,
+            "extra_key": rid, "sampling_params": {"max_new_tokens": 1, "temperature": 0},
         }  # fmt: skip
         self._client.post("/generate", json=body).raise_for_status()
 
@@ -132,15 +136,13 @@ class Capture:
         sent = self._under_way.get(alias)
         if sent is None:
             return  # another client's request
-        if sample.start or sample.tokens_T.tolist() != sent.sequence.input_ids:
-            self._retry(alias, "its states came incomplete")
-            return
-        mask_T = torch.tensor(sent.sequence.loss_mask)
-        generated_T = torch.cat([mask_T[1:], torch.zeros(1, dtype=torch.bool)])
         sequence = sent.sequence
-        self._writer.add(
-            sequence.id, sample.tokens_T, generated_T, sample.aux_T3H, sample.last_TH, slice=sequence.slice
-        )
+        mask = None if sample.start else mask_of(sequence, sample.tokens_T.tolist())
+        if mask is None:
+            self._retry(alias, "its states came incomplete, or of other tokens")
+            return
+        generated_T = F.pad(torch.tensor(mask[1:]), (0, 1))
+        self._writer.add(sequence.id, sample.rows, generated_T, slice=sequence.slice)
         self.report.stored += 1
         self.report.stored_tokens += len(sample)
         del self._under_way[alias]
@@ -156,7 +158,8 @@ class Capture:
             elif sent.answered_s is None:
                 sent.answered_s = now_s
             elif now_s - sent.answered_s > _ARRIVES_WITHIN_S:
-                self._retry(alias, "its states did not arrive")
+                # Of prompts that show images they never do, where SGLang is older.
+                self._retry(alias, "its states did not arrive" + (_IMAGES_NEED if sent.sequence.images else ""))
 
     def _retry(self, alias: str, reason: str, tries: int = _TRIES) -> None:
         sent = self._under_way.pop(alias)
@@ -165,3 +168,18 @@ class Capture:
             self._again.append(sent)
         else:
             self.report.failed[reason] += 1
+
+
+def mask_of(sequence: Prepared, captured: list[int]) -> list[bool] | None:
+    """The loss mask on the tokens that were captured; None where they are others than the sequence's.
+
+    Where it shows images, the target read no tokens, or some around the image that its processor put there: then each
+    learnt token has to be there.
+    """
+    ids, mask = sequence.input_ids, sequence.loss_mask
+    if not sequence.images:
+        return mask if ids == captured else None
+    found = [False] * len(captured)
+    for start, place, length in SequenceMatcher(None, ids, captured, autojunk=False).get_matching_blocks():
+        found[place : place + length] = mask[start : start + length]
+    return found if sum(found) == sum(mask) and min(captured) < 0 else None

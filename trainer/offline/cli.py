@@ -71,11 +71,13 @@ def capture(
 
 
 def show_estimate(sequences: PreparedFile, manifest: Manifest, out: Path) -> None:
-    tokens = sum(len(sequence.input_ids) for sequence in sequences)
+    tokens = images = 0
+    for sequence in sequences:
+        tokens, images = tokens + len(sequence.input_ids), images + len(sequence.images)
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     table = Table(show_header=False, title="capture, estimated")
     table.add_row("sequences", f"{len(sequences):,}")
-    table.add_row("tokens", f"{tokens:,}")
+    table.add_row("tokens", f"{tokens:,}" + (f", without those of {images:,} images" if images else ""))
     table.add_row("bytes a token", f"{manifest.row_bytes:,} ({manifest.stored}, hidden size {manifest.hidden_size})")
     table.add_row("in all", f"{tokens * manifest.row_bytes:,} bytes ({tokens * manifest.row_bytes / 1e9:.2f} GB)")
     table.add_row("free there", f"{shutil.disk_usage(existing).free / 1e9:.2f} GB")

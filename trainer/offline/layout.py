@@ -2,7 +2,8 @@
 
 A folder with ``dataset.json``, ``shards/<digest>.safetensors`` and, for each shard, ``index/<digest>.parquet``, named
 by what the shard holds. Its samples lie end to end; the index says which rows are whose, with a checksum of their
-bytes. Shapes: N rows of a shard, T of them a sample's, H hidden.
+bytes. What a target read in place of tokens, where its prompts showed images, lies end to end in tensors of its own.
+Shapes: N rows of a shard, T of them a sample's, M of these of no token, H hidden.
 """
 
 from pathlib import Path
@@ -18,7 +19,9 @@ from sglang_specforge.contracts.coding import FLOAT8, from_float8, target_row_by
 from trainer.rows import Rows
 
 Stored = Literal["bfloat16", "float32", "float8"]
-_FORMAT = 2
+_FORMAT = 3
+_READABLE = (2, _FORMAT)  # 2 has no images
+OF_IMAGES = ("embeds", "embeds_scale", "places")  # tensors that have rows where a sample's have no token
 
 INDEX = pa.schema(
     [
@@ -28,6 +31,8 @@ INDEX = pa.schema(
         ("generated_tokens", pa.int32()),
         ("checksum", pa.uint64()),
         ("slice", pa.string()),
+        ("image_row", pa.int64()),  # its first one in tensors of images
+        ("image_rows", pa.int32()),
     ]
 )
 
@@ -48,7 +53,8 @@ class Manifest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one token: token id, loss mask, aux and last hidden states and, for float8, their two scales."""
+        """Bytes of one token: token id, loss mask, aux and last hidden states and, for float8, their two scales. Of an
+        image's rows each has H numbers and three more."""
         travel = "served" if self.stored == "float32" else self.stored
         return 4 + 1 + target_row_bytes(self.hidden_size, "float32", travel)
 
@@ -66,32 +72,38 @@ class Manifest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             manifest = msgspec.json.decode(file.read_bytes(), type=cls)
         except (OSError, msgspec.MsgspecError) as error:
             raise DatasetError(f"{file} cannot be read: {error}; is it a folder that capture wrote?") from error
-        if manifest.format != _FORMAT:
-            raise DatasetError(f"{file} is of format {manifest.format}; this version reads {_FORMAT}")
+        if manifest.format not in _READABLE:
+            raise DatasetError(f"{file} is of format {manifest.format}; this version reads {_READABLE}")
         return manifest
 
 
-def encode(
-    manifest: Manifest, tokens_T: Tensor, generated_T: Tensor, aux_T3H: Tensor, last_TH: Tensor
-) -> dict[str, Tensor]:
+def encode(manifest: Manifest, rows: Rows, generated_T: Tensor) -> dict[str, Tensor]:
     """Rows as they are stored."""
-    rows = {"tokens": tokens_T.to(torch.int32), "generated": generated_T.to(torch.uint8)}
-    for name, states in (("aux", aux_T3H), ("last", last_TH)):
+    stored = {
+        "tokens": rows.tokens_N.clamp(min=-1).to(torch.int32),  # which image it is tells nothing here
+        "generated": generated_T.to(torch.uint8),
+        "places": rows.places_M3,
+    }
+    for name, states in (("aux", rows.aux_N3H), ("last", rows.last_NH), ("embeds", rows.embeds_MH)):
         if manifest.stored == "float8":
-            rows[name], rows[f"{name}_scale"] = to_float8(states)
+            stored[name], stored[f"{name}_scale"] = to_float8(states)
         else:
-            rows[name] = states.to(getattr(torch, manifest.stored))
-    return {name: rows[name].contiguous() for name in sorted(rows)}
+            stored[name] = states.to(getattr(torch, manifest.stored))
+    return {name: stored[name].contiguous() for name in sorted(stored)}
 
 
-def decode(manifest: Manifest, rows: dict[str, Tensor]) -> tuple[Rows, Tensor]:
+def decode(manifest: Manifest, stored: dict[str, Tensor]) -> tuple[Rows, Tensor]:
     """The rows (float8 comes back as served), and which of them are generated (bool [T])."""
     served = getattr(torch, manifest.served_dtype)
-    states = []
-    for name in ("aux", "last"):
-        coded = rows[name]
-        states.append(from_float8(coded, rows[f"{name}_scale"]).to(served) if coded.dtype == FLOAT8 else coded)
-    return Rows.of_text(rows["tokens"].long(), *states), rows["generated"].bool()
+
+    def states(name: str) -> Tensor:
+        coded = stored[name]
+        return from_float8(coded, stored[f"{name}_scale"]).to(served) if coded.dtype == FLOAT8 else coded
+
+    rows = Rows.of_text(stored["tokens"].long(), states("aux"), states("last"))
+    if "embeds" in stored:
+        rows = rows._replace(embeds_MH=states("embeds"), places_M3=stored["places"])
+    return rows, stored["generated"].bool()
 
 
 def checksum(rows: dict[str, Tensor]) -> int:

@@ -11,7 +11,16 @@ import pyarrow.parquet as pq
 import torch
 from safetensors import SafetensorError, safe_open
 
-from trainer.offline.layout import DatasetError, Manifest, checksum, decode, index_paths, metadata_of, shard_path
+from trainer.offline.layout import (
+    OF_IMAGES,
+    DatasetError,
+    Manifest,
+    checksum,
+    decode,
+    index_paths,
+    metadata_of,
+    shard_path,
+)
 from trainer.sample import Sample, fields_of
 
 logger = logging.getLogger(__name__)
@@ -28,6 +37,8 @@ class Entry(NamedTuple):
     length: int
     checksum: int
     slice: str
+    image_row: int = 0
+    image_rows: int = 0
 
 
 class StoredSamples:
@@ -72,19 +83,21 @@ class StoredSamples:
         """The sample, or None where its bytes are not those that were written."""
         try:
             shard = self._open(entry.shard)
-            rows = {
-                name: shard.get_slice(name)[entry.row : entry.row + entry.length]
+            of_tokens = slice(entry.row, entry.row + entry.length)
+            of_images = slice(entry.image_row, entry.image_row + entry.image_rows)
+            stored = {
+                name: shard.get_slice(name)[of_images if name in OF_IMAGES else of_tokens]
                 for name in shard.keys()  # noqa: SIM118
             }
         except (OSError, SafetensorError, DatasetError) as error:
             return self._leave_out(entry, str(error))
-        if checksum(rows) != entry.checksum:
+        if checksum(stored) != entry.checksum:
             return self._leave_out(entry, "its bytes do not match their checksum")
-        stored, generated_T = decode(self.manifest, rows)
+        rows, generated_T = decode(self.manifest, stored)
         return Sample(
             rid=entry.id,
             start=0,
-            **fields_of(stored),
+            **fields_of(rows),
             generated_T=generated_T,
             rejected_T=torch.full((entry.length,), -1),
             slice=entry.slice,
@@ -98,7 +111,7 @@ class StoredSamples:
             self._note(f"shard {index.stem}: {error}")
             return
         self.entries += [
-            Entry(row["id"], index.stem, row["row"], row["length"], row["checksum"], row["slice"])
+            Entry(shard=index.stem, **{name: row[name] for name in Entry._fields if name in row})
             for row in table.to_pylist()
         ]
 

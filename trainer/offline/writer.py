@@ -20,6 +20,7 @@ from trainer.offline.layout import (
     metadata_of,
     shard_path,
 )
+from trainer.rows import Rows
 
 
 class DatasetWriter:
@@ -27,7 +28,7 @@ class DatasetWriter:
 
     def __init__(self, folder: Path, manifest: Manifest, shard_bytes: int) -> None:
         self._folder, self._manifest = folder, manifest
-        self._shard_rows = max(1, shard_bytes // manifest.row_bytes)
+        self._shard_bytes = shard_bytes
         if (folder / "dataset.json").exists():
             _check_same(folder, Manifest.load(folder), manifest)
         manifest.save(folder)
@@ -36,32 +37,31 @@ class DatasetWriter:
         self.stored_ids = {
             id for file in index_paths(folder) for id in pq.read_table(file, columns=["id"])["id"].to_pylist()
         }
-        self._rows: list[dict[str, Tensor]] = []
-        self._entries: list[dict[str, object]] = []
-        self._buffered_rows = 0
+        self._begin_shard()
 
-    def add(
-        self, id: str, tokens_T: Tensor, generated_T: Tensor, aux_T3H: Tensor, last_TH: Tensor, slice: str = ""
-    ) -> None:
-        rows = encode(self._manifest, tokens_T, generated_T, aux_T3H, last_TH)
-        length = tokens_T.numel()
-        if self._rows and self._buffered_rows + length > self._shard_rows:
+    def add(self, id: str, rows: Rows, generated_T: Tensor, slice: str = "") -> None:
+        stored = encode(self._manifest, rows, generated_T)
+        nbytes = sum(tensor.nbytes for tensor in stored.values())
+        if self._stored and self._nbytes + nbytes > self._shard_bytes:
             self.flush()
+        length, image_rows = len(rows.tokens_N), len(rows.embeds_MH)
         self._entries.append(
             {
-                "id": id, "row": self._buffered_rows, "length": length,
-                "generated_tokens": int(generated_T.sum()), "checksum": checksum(rows), "slice": slice,
+                "id": id, "row": self._length, "length": length, "generated_tokens": int(generated_T.sum()),
+                "checksum": checksum(stored), "slice": slice, "image_row": self._image_rows, "image_rows": image_rows,
             }
         )  # fmt: skip
-        self._rows.append(rows)
-        self._buffered_rows += length
+        self._stored.append(stored)
+        self._nbytes += nbytes
+        self._length += length
+        self._image_rows += image_rows
         self.stored_ids.add(id)
 
     def flush(self) -> None:
         """Write what is buffered as one shard."""
-        if not self._rows:
+        if not self._stored:
             return
-        tensors = {name: torch.cat([rows[name] for rows in self._rows]) for name in self._rows[0]}
+        tensors = {name: torch.cat([stored[name] for stored in self._stored]) for name in self._stored[0]}
         part = self._folder / "shards" / "part"
         save_file(tensors, part, metadata=metadata_of(self._manifest))
         part.chmod(0o600)  # what people asked and got
@@ -71,7 +71,12 @@ class DatasetWriter:
         pq.write_table(pa.Table.from_pylist(self._entries, schema=INDEX), index_part)
         index_part.chmod(0o600)
         index_part.replace(self._folder / "index" / f"{name}.parquet")
-        self._rows, self._entries, self._buffered_rows = [], [], 0
+        self._begin_shard()
+
+    def _begin_shard(self) -> None:
+        self._stored: list[dict[str, Tensor]] = []
+        self._entries: list[dict[str, object]] = []
+        self._nbytes = self._length = self._image_rows = 0
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
