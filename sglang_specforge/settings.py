@@ -239,6 +239,8 @@ class Run(Job):
     spans_endpoint: str = Field(description="ZMQ endpoint that the trainer binds for captured spans.")
     control_endpoint: str = Field(description="ZMQ endpoint that the server binds for the trainer's messages.")
     disaggregation: Literal["null", "prefill", "decode"] = Field("null", description="SGLang's --disaggregation-mode.")
+    nodes: int = Field(1, ge=1, description="SGLang's --nnodes.")
+    node: int = Field(0, ge=0, description="SGLang's --node-rank: the first has the trainer and the control service.")
     replicas: int = Field(1, ge=1, description="SGLang's --dp-size, or --attn-dp-size.")
     salt: str = Field(default_factory=lambda: secrets.token_hex(16), description="Of request ids in the stream.")
 

@@ -10,6 +10,7 @@ import torch
 from sglang.srt.configs.model_config import _get_and_verify_dtype
 from transformers import PretrainedConfig
 
+from server_patches.common import nodes
 from server_patches.common.launcher import apply_run_hooks
 from server_patches.supported import check
 from server_patches.targets import IncompatibleSGLang
@@ -56,6 +57,8 @@ def consume_flags(cls: type, args: argparse.Namespace) -> None:
         if getattr(args, "enable_draft_training", False):
             settings = load_settings(DraftTrainingSettings, given, file)
             check_run_folder(settings)
+            if nodes.rank(args):
+                settings = settings.model_copy(update={"trainer": "none"})  # the first node's has it
             if settings.trainer == "spawn":
                 settings = _settle_device(args, settings)
                 settings.check_spill()
@@ -76,11 +79,13 @@ def _start_run(args: argparse.Namespace, settings: DraftTrainingSettings) -> Non
     folder = resolve_target(args.model_path, args.revision, args.download_dir).absolute()
     target = load_target_config(folder)
     dtype = _served_dtype(target, args.dtype)
+    node = nodes.rank(args)
+    of_node = f"-{node}" if node else ""  # each writes its own, at the same time
     if given := args.speculative_draft_model_path:
         given = resolve_target(given, args.speculative_draft_model_revision, args.download_dir)
-        version, draft = 0, import_draft(given, folder, VersionFolder(settings.run_dir).root / "given")
+        version, draft = 0, import_draft(given, folder, VersionFolder(settings.run_dir).root / f"given{of_node}")
     else:
-        version, draft = _own_draft(settings, folder, dtype)
+        version, draft = _own_draft(settings, folder, dtype, f"initial{of_node}")
     args.speculative_draft_model_path, args.speculative_draft_model_revision = str(draft), None
     _set_speculative_defaults(args)
     sockets = make_socket_folder()
@@ -95,17 +100,19 @@ def _start_run(args: argparse.Namespace, settings: DraftTrainingSettings) -> Non
         spans_endpoint=f"ipc://{sockets}/spans",
         control_endpoint=f"ipc://{sockets}/control",
         disaggregation=_disaggregation(args),
-        replicas=(args.dp_size or 1) * _attention_groups(args),
+        nodes=nodes.count(args),
+        node=node,
+        replicas=_replicas(args),
         overrides=_overrides(args),
     ).export()
     apply_run_hooks()
 
 
-def _own_draft(settings: DraftTrainingSettings, target: Path, dtype: str) -> tuple[int, Path]:
+def _own_draft(settings: DraftTrainingSettings, target: Path, dtype: str, initial: str) -> tuple[int, Path]:
     """Number and folder of the draft that this run folder's server had active, or of a random one made now."""
     versions = VersionFolder(settings.run_dir)
     version = versions.last_active()
-    draft = versions.path(version) if version else versions.root / "initial"
+    draft = versions.path(version) if version else versions.root / initial
     if not (draft / "config.json").exists():
         init_draft(str(target), draft, draft_vocab_size=settings.draft_vocab_size, dtype=dtype, seed=settings.seed)
     elif (found := load_config(draft).get(FINGERPRINT_KEY)) != (expected := fingerprint_target(target)):
@@ -156,8 +163,14 @@ def _refuse_contradictions(args: argparse.Namespace, settings: DraftTrainingSett
     for name, why in refused.items():
         if getattr(args, name, False):
             raise SettingsError(f"--enable-draft-training does not go with --{name.replace('_', '-')}: {why}")
-    if (getattr(args, "pp_size", 1) or 1) > 1 or (getattr(args, "nnodes", 1) or 1) > 1:
-        raise SettingsError("--enable-draft-training runs on one node without pipeline parallelism; use --tp-size")
+    if (getattr(args, "pp_size", 1) or 1) > 1:
+        raise SettingsError("--enable-draft-training runs without pipeline parallelism; use --tp-size")
+    if nodes.count(args) > 1 and _replicas(args) > 1:
+        raise SettingsError(
+            f"--enable-draft-training with --nnodes {args.nnodes} goes with tensor and expert parallelism alone, not "
+            "with replicas or DP attention, whose requests other nodes than the trainer's compute; start a server on "
+            "each node, and one trainer for all: python -m trainer attach"
+        )
     if (getattr(args, "tokenizer_worker_num", 1) or 1) > 1:
         raise SettingsError("--enable-draft-training needs --tokenizer-worker-num 1")
     if _disaggregation(args) != "null" and settings.trainer == "spawn":
@@ -173,7 +186,7 @@ def _settle_device(args: argparse.Namespace, settings: DraftTrainingSettings) ->
         return settings
     there, processes = 0 if args.device == "cpu" else torch.cuda.device_count(), settings.trainer_processes
     ranks = (args.tp_size or 1) * (1 if _has_old_dp_attention(args) else args.dp_size or 1)
-    taken = args.base_gpu_id + args.gpu_id_step * (ranks - 1) + 1
+    taken = args.base_gpu_id + args.gpu_id_step * (ranks // nodes.count(args) - 1) + 1
     first = first_idle(processes, taken) if there else None
     if there and first is None:
         print(
@@ -206,6 +219,10 @@ def _settle_drafting(args: argparse.Namespace, settings: DraftTrainingSettings) 
         )
     print(f"draft training: every step drafts (--draft-drafting always), because of {why}", file=sys.stderr)
     return settings.model_copy(update={"drafting": "always"})
+
+
+def _replicas(args: argparse.Namespace) -> int:
+    return (args.dp_size or 1) * _attention_groups(args)
 
 
 def _attention_groups(args: argparse.Namespace) -> int:

@@ -15,9 +15,12 @@ from sglang_specforge.settings import Run
 
 
 def launch_with_draft_training(original: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
-    """AROUND ``http_server.launch_server``: SGLang's app gets our routes and our service for its lifespan."""
+    """AROUND ``http_server.launch_server``: SGLang's app gets our routes and our service for its lifespan. Only the
+    first node of several serves it."""
     app: FastAPI = http_server.app
     run = Run.inherited()
+    if run.node:
+        return original(server_args, *args, **kwargs)
     service = ControlService(run, _SGLangEngine())
     # Not included as a router: SGLang looks for a route's level among the app's own.
     app.router.routes.extend(_guarded(make_router(service, run)).routes)

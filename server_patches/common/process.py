@@ -14,7 +14,7 @@ from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.runtime_context import get_parallel, get_schedule
 
-from server_patches.common import images
+from server_patches.common import images, nodes
 from server_patches.common.consent import OPT_KEY, SLICE_KEY, asked
 from server_patches.common.draft_weights import LiveDraft
 from server_patches.common.drafting import Switch
@@ -60,6 +60,8 @@ def attach(
     """
     global this
     run = Run.inherited()
+    if run.nodes > 1:
+        nodes.check_alike(run)
     model = worker.target_worker.model_runner.model
     processors = [m for m in model.modules() if isinstance(m, LogitsProcessor)]
     if not processors:

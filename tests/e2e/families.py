@@ -14,6 +14,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoTokenizer,
+    Gemma3ImageProcessor,
+    Gemma3Processor,
     Gemma4AudioFeatureExtractor,
     Gemma4ImageProcessor,
     Gemma4Processor,
@@ -52,7 +54,10 @@ _QWEN_MARKS = {
     "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>", "vision_start_token_id": "<|vision_start|>",
     "vision_end_token_id": "<|vision_end|>",
 }  # fmt: skip
-_MARKS = {"image_token_index": "<image>", "boi_token_index": "<image_begin>", "eoi_token_index": "<image_end>"}
+_GEMMA3_MARKS = {
+    "image_token_index": "<image_soft_token>", "boi_token_index": "<start_of_image>",
+    "eoi_token_index": "<end_of_image>",
+}  # fmt: skip
 _GEMMA4_MARKS = {
     "image_token_id": "<|image|>", "boi_token_id": "<|image>", "eoi_token_id": "<image|>",
     "audio_token_id": "<|audio|>", "boa_token_id": "<|audio>", "eoa_token_id": "<audio|>",
@@ -71,6 +76,7 @@ class Family:
     text: Fields = field(default_factory=dict)
     vision: Fields | None = None
     marks: Fields = field(default_factory=dict)  # tokens around images, by the names of their ids in the configuration
+    more: Fields = field(default_factory=dict)  # of the configuration that holds both
     flags: tuple[str, ...] = ("--dtype", "float32")  # of the server
     called: str | None = None  # its ``model_type`` where transformers knows it by another, or not at all
 
@@ -123,7 +129,8 @@ FAMILIES = {
         "gemma3",
         {"head_dim": 16, "tie_word_embeddings": True},
         {**_SIGLIP, "vision_use_head": False},
-        _MARKS,
+        _GEMMA3_MARKS,
+        more={"mm_tokens_per_image": 4},
     ),
     "gemma4": Family(
         "gemma4",
@@ -170,6 +177,13 @@ def _llama4_processor(tokenizer: Any) -> Any:
     return Llama4Processor(images, tokenizer, patch_size=14, chat_template=tokenizer.chat_template)
 
 
+def _gemma3_processor(tokenizer: Any) -> Any:
+    marks = {name.removesuffix("_index"): token for name, token in _GEMMA3_MARKS.items()}
+    images = Gemma3ImageProcessor(size={"height": 28, "width": 28})
+    tokenizer = _load_tokenizer(extra_special_tokens=marks)
+    return Gemma3Processor(images, tokenizer, chat_template=tokenizer.chat_template, image_seq_length=4)
+
+
 def _gemma4_processor(tokenizer: Any) -> Any:
     marks = {name.removesuffix("_id"): token for name, token in _GEMMA4_MARKS.items()}
     tokenizer = _load_tokenizer(extra_special_tokens=marks)
@@ -179,6 +193,7 @@ def _gemma4_processor(tokenizer: Any) -> Any:
 
 # SGLang starts without one of the others.
 _PROCESSORS = {
+    "gemma3": _gemma3_processor,
     "gemma4": _gemma4_processor,
     "llama4": _llama4_processor,
     "qwen2_5_vl": partial(_qwen_processor, Qwen2_5_VLProcessor, Qwen2VLVideoProcessor, 14),
@@ -201,9 +216,8 @@ def make_target(family: str, folder: Path) -> Path:
     tokenizer.add_special_tokens({"additional_special_tokens": list(made.marks.values())})
     text["vocab_size"] = len(tokenizer)
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in made.marks.items()}
-    config = AutoConfig.for_model(
-        made.model_type, text_config=text, vision_config=made.vision, tie_word_embeddings=made.tied, **ids
-    )
+    parts = {"text_config": text, "vision_config": made.vision}
+    config = AutoConfig.for_model(made.model_type, **parts, tie_word_embeddings=made.tied, **ids, **made.more)
     # SGLang looks into the index of several files for Llama 4's vision tower, and serves it as one of text without.
     most = "1MB" if family == "llama4" else "1GB"
     AutoModelForImageTextToText.from_config(config).float().save_pretrained(folder, max_shard_size=most)

@@ -30,7 +30,13 @@ from trainer.offline.reader import StoredSamples
 IMAGES, SIDE = 8, 160  # pixels
 QWEN = "<|vision_start|><|image_pad|><|vision_end|>"
 AXES = {"qwen3_vl": {"mrope_section": [4, 2, 2], "mrope_interleaved": True}, "qwen2_5_vl": {"mrope_section": [4, 2, 2]}}
-SHOWN = {"qwen3_vl": QWEN, "qwen2_5_vl": QWEN, "gemma4": "<|image|>", "llama4": "<|image|>"}
+SHOWN = {
+    "qwen3_vl": QWEN,
+    "qwen2_5_vl": QWEN,
+    "gemma3_images": "<start_of_image>",
+    "gemma4": "<|image|>",
+    "llama4": "<|image|>",
+}
 
 
 def png(seed):
@@ -57,7 +63,7 @@ def ask_about_images(client, family, question="shows"):
         return outputs(pool.map(ask, range(IMAGES)))
 
 
-SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("qwen2_5_vl", "gemma4")]
+SLOW = [pytest.param(family, marks=pytest.mark.slow) for family in ("qwen2_5_vl", "gemma3_images", "gemma4")]
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", *SLOW])

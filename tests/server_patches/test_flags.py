@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from sglang.srt.server_args import ServerArgs
 
 from server_patches.common import flags
+from sglang_specforge.checkpoint import CONTENT_KEY, load_config
 from sglang_specforge.new_draft import init_draft
-from sglang_specforge.settings import DraftTrainingSettings, load_settings
+from sglang_specforge.settings import RUN_VARIABLE, DraftTrainingSettings, Run, load_settings
 from sglang_specforge.settings_flags import flag_of, given_settings
 from sglang_specforge.target import fingerprint_target
 from tests.tiny import make_target
@@ -159,6 +160,7 @@ BUSY = 5  # a GPU that somebody else uses
         (8, ["--tp-size", "8", "--draft-training-trainer-device", "cuda:3"], "cuda:3"),
         (2, ["--draft-training-trainer-processes", "4"], "cpu"),
         (8, ["--device", "cpu"], "cpu"),
+        (4, ["--tp-size", "4", "--nnodes", "2"], "cuda:2"),
     ],
 )
 def test_the_trainer_has_the_gpus_that_the_server_leaves_or_says_that_there_are_none(
@@ -174,6 +176,21 @@ def test_the_trainer_has_the_gpus_that_the_server_leaves_or_says_that_there_are_
     assert ("the trainer computes on the CPU" in capsys.readouterr().err) == is_missed
 
 
+def test_a_node_after_the_first_begins_with_the_same_draft_and_has_no_trainer(parser, target, tmp_path, monkeypatch):
+    monkeypatch.setattr(flags, "apply_run_hooks", lambda: None)
+    monkeypatch.setenv(RUN_VARIABLE, "")
+    shared = ["--model-path", str(target), "--dtype", "float32", "--draft-training-run-dir", str(tmp_path)]
+    drafts = []
+    for node in (0, 1):
+        given = [*shared, "--enable-draft-training", "--nnodes", "2", "--tp-size", "2", "--node-rank", str(node)]
+        flags.consume_flags(None, parser.parse_args(given))
+        run = Run.inherited()
+        assert (run.node, run.nodes) == (node, 2)
+        assert run.settings.trainer == ("none" if node else "spawn")
+        drafts.append(load_config(run.version_path(0))[CONTENT_KEY])
+    assert drafts[0] == drafts[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -182,6 +199,7 @@ def test_the_trainer_has_the_gpus_that_the_server_leaves_or_says_that_there_are_
         (["--enable-draft-training", "--draft-training-ttt-stepz", "3"], "--draft-training-ttt-stepz"),
         (["--enable-draft-training", "--speculative-algorithm", "NGRAM"], "not --speculative-algorithm NGRAM"),
         (["--enable-draft-training", "--pp-size", "2"], "without pipeline parallelism"),
+        (["--enable-draft-training", "--nnodes", "2", "--dp-size", "2"], "--nnodes 2 goes with tensor and expert"),
         (
             ["--enable-draft-training", "--draft-training-trainer-device", "cuda:99"],
             "needs 100 GPU(s)",
