@@ -55,7 +55,7 @@ class ControlService:
         self._watch = Watch(self.swaps)
         self._verdicts: dict[int, control.Verdict] = {}
         self._unreadable = 0
-        self._lease, self._leases, self._leasing = Lease(run.spans_endpoint), 0, asyncio.Lock()
+        self._lease, self._leases, self._leasing = Lease(run.way_file), 0, asyncio.Lock()
         self._context = zmq.asyncio.Context()
         self._inbox = self._context.socket(zmq.PULL)
 

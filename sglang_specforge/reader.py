@@ -1,7 +1,7 @@
 """The one who reads a server's streams from another machine: who it is, for how long, and how the exporters know.
 
 It asks over HTTP, saying where it listens, and goes on asking: a lease that is not renewed runs out. SGLang carries
-only numbers to its schedulers, so where to send is in a file beside the run's sockets, which only their user can read.
+only numbers to its schedulers, so where to send is in a file that only their user can read (``Run.way_file``).
 """
 
 import os
@@ -39,11 +39,12 @@ class Way(msgspec.Struct):
 
 
 class Lease:
-    """Of a server's streams, for readers on other machines. ``own`` are the keys of this life of the server."""
+    """Of a server's streams, for readers on other machines. ``own`` are the keys of this life of the server; exporters
+    find the reader in ``way_file`` (``Run.way_file``)."""
 
-    def __init__(self, spans_endpoint: str) -> None:
+    def __init__(self, way_file: Path) -> None:
         self.own, self.reader = Identity.new(), None
-        self._file, self._renewed_s = way_file(spans_endpoint), 0.0
+        self._file, self._renewed_s = way_file, 0.0
 
     def take(self, reader: Reader) -> bool:
         """Whether it is a new one. Raises ReaderHeld."""
@@ -72,10 +73,6 @@ class Lease:
         part.replace(self._file)
 
 
-def way_file(spans_endpoint: str) -> Path:
-    return Path(spans_endpoint.removeprefix("ipc://")).with_name("reader.json")
-
-
-def load_way(spans_endpoint: str) -> Way:
+def load_way(way_file: Path) -> Way:
     """Raises OSError where there is none."""
-    return msgspec.json.decode(way_file(spans_endpoint).read_bytes(), type=Way)
+    return msgspec.json.decode(way_file.read_bytes(), type=Way)

@@ -245,6 +245,17 @@ class Run(Job):
     salt: str = Field(default_factory=lambda: secrets.token_hex(16), description="Of request ids in the stream.")
 
     @property
+    def is_spread(self) -> bool:
+        """Whether several nodes compute requests and export them."""
+        return self.nodes > 1 and self.replicas > 1
+
+    @property
+    def way_file(self) -> Path:
+        """Where exporters find a reader on another machine (``reader.Way``); its folder is seen by all of them."""
+        folder = self.run_dir if self.is_spread else Path(self.spans_endpoint.removeprefix("ipc://")).parent
+        return folder / "reader.json"
+
+    @property
     def travel_dtype(self) -> str:
         """Of states on their way, as ``contracts.spans.TensorLayout`` names it."""
         return self.served_dtype if self.settings.capture_dtype == "served" else self.settings.capture_dtype

@@ -185,6 +185,11 @@ class AttachedServers:
                 return f"has {name} {found}, and this training's is {expected}; give it a trainer of its own"
         if watch.far is None and run.run_dir == self._job.run_dir:
             return f"keeps its own versions in {run.run_dir}; give another --run-dir"
+        if watch.far is None and run.is_spread:
+            return (
+                f"computes requests on {run.nodes} nodes; give --listen tcp://HOST:PORT with an address of this "
+                "machine that all of them reach"
+            )
         if watch.far is None and not is_here(run):
             return (
                 f"streams to {run.spans_endpoint}, which is not there for this process: it runs on another machine or "
@@ -225,8 +230,8 @@ def attach(settings: AttachSettings, api_key: str | None) -> tuple[Job, Attached
 
 
 def is_here(run: Run) -> bool:
-    """The server runs where its sockets can be reached by this process."""
-    return Path(run.spans_endpoint.removeprefix("ipc://")).parent.is_dir()
+    """All of the server's states come to sockets that this process can reach."""
+    return not run.is_spread and Path(run.spans_endpoint.removeprefix("ipc://")).parent.is_dir()
 
 
 def _watches(settings: AttachSettings, api_key: str | None) -> list[Watch]:

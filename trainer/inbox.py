@@ -72,7 +72,7 @@ class Inbox:
         for _ in range(_MOST_AT_ONCE):
             try:
                 frames = self._receive_frames()
-            except zmq.Again:  # also where the socket said that it has something: it does for a heartbeat
+            except zmq.Again:  # also where the socket said that it has something
                 self._let_go()
                 break
             samples += self.take(frames)

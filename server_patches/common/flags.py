@@ -165,11 +165,10 @@ def _refuse_contradictions(args: argparse.Namespace, settings: DraftTrainingSett
             raise SettingsError(f"--enable-draft-training does not go with --{name.replace('_', '-')}: {why}")
     if (getattr(args, "pp_size", 1) or 1) > 1:
         raise SettingsError("--enable-draft-training runs without pipeline parallelism; use --tp-size")
-    if nodes.count(args) > 1 and _replicas(args) > 1:
+    if nodes.count(args) > 1 and _replicas(args) > 1 and settings.trainer == "spawn":
         raise SettingsError(
-            f"--enable-draft-training with --nnodes {args.nnodes} goes with tensor and expert parallelism alone, not "
-            "with replicas or DP attention, whose requests other nodes than the trainer's compute; start a server on "
-            "each node, and one trainer for all: python -m trainer attach"
+            f"--nnodes {args.nnodes} with DP attention: each node computes requests, and a trainer has to be where all "
+            "of them reach it; give --draft-training-trainer none, and start python -m trainer attach --listen"
         )
     if (getattr(args, "tokenizer_worker_num", 1) or 1) > 1:
         raise SettingsError("--enable-draft-training needs --tokenizer-worker-num 1")

@@ -78,7 +78,7 @@ def attach(
         describe = partial(_Served, run=run, with_images=keeps_embeds)
         admission = Admission(ring, describe, settings.capture_sample, max_bytes_s)
         puller = Puller(settings.pull) if settings.pull else None
-        exporter = Exporter(run.spans_endpoint, ring, admission, puller)
+        exporter = Exporter(run.spans_endpoint, run.way_file, ring, admission, puller)
         copier = HostCopier(ring, device)
         exporter.start()
     bank = DraftBank(LiveDraft(worker, run.settings.bank_on, run.settings.bank_slots), run, replica)

@@ -12,6 +12,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -33,9 +34,12 @@ _TAKE_UP_EVERY_S = 0.02
 
 
 class Exporter:
-    """Owns the ring, the link to the reader and the counters of one exporting rank."""
+    """Owns the ring, the link to the reader and the counters of one exporting rank. A reader on this machine listens at
+    ``endpoint``; ``way_file`` says where one on another does."""
 
-    def __init__(self, endpoint: str, ring: HostRing, admission: Admission, puller: Puller | None = None) -> None:
+    def __init__(
+        self, endpoint: str, way_file: Path, ring: HostRing, admission: Admission, puller: Puller | None = None
+    ) -> None:
         self.ring, self.admission = ring, admission
         self.stream = uuid.uuid4().hex
         self.pace = Pace()
@@ -49,7 +53,7 @@ class Exporter:
         self._acceptance = Acceptance()
         self._unsent: deque[Finished] = deque()
         self._is_stopping, self._hurry = False, threading.Event()
-        self._endpoint, self._turned_to = endpoint, 0
+        self._way_file, self._turned_to = way_file, 0
         self._link = Link(endpoint, ring, puller)
         self._thread = threading.Thread(target=self._run, name="specforge-exporter", daemon=True)
 
@@ -129,7 +133,7 @@ class Exporter:
 
     def _turn_to(self, reader: int) -> None:
         try:
-            self._link.turn_to(load_way(self._endpoint) if reader else None)
+            self._link.turn_to(load_way(self._way_file) if reader else None)
         except (OSError, msgspec.MsgspecError, zmq.ZMQError) as error:
             logger.error("draft training: states cannot be sent to the reader that asked for them: %s", error)
             self._link.turn_to(None)

@@ -1,5 +1,8 @@
 """One server of two nodes, each with a rank: here both on one machine, which share its disk."""
 
+import subprocess
+import sys
+
 import pytest
 
 from sglang_specforge.server_process import ServerFailed, ServerProcess, free_port
@@ -14,8 +17,8 @@ from tests.e2e.conftest import (
     training_flag,
     wait_for,
 )
-
-ANYWAY = {"drafting": "always"}  # a draft that does not pay here is still looked at
+from tests.e2e.test_attach import STREAMED, AttachedTrainer
+from tests.e2e.test_layouts import NO_CACHE, moe  # noqa: F401 - a fixture
 
 
 @pytest.fixture
@@ -23,15 +26,18 @@ def nodes(start, tmp_path):
     """Starts the second node, and then the first, each with the run folder that is given."""
     servers = []
 
-    def begin(first_folder, second_folder):
+    def begin(first_folder, second_folder, *arguments, training=(), model=TARGET):
         address = f"127.0.0.1:{free_port()}"
-        shared = ("--dtype", "float32", "--disable-radix-cache", "--nnodes", 2, "--dist-init-addr", address)
-        second = {**TRAINING, **ANYWAY, "run-dir": second_folder}
-        flags = [part for name, value in second.items() for part in (training_flag(name), value)]
-        arguments = ["--model-path", TARGET, *SERVING, *shared, "--node-rank", 1, "--enable-draft-training", *flags]
-        servers.append(ServerProcess(tmp_path / "second.log", arguments, tp=2))
-        training = {**TRAINING, "publish-every-s": 4, "run-dir": first_folder}
-        client = start(*shared, "--node-rank", 0, training=training, tp=2)
+        shared = ("--dtype", "float32", NO_CACHE, "--nnodes", 2, "--dist-init-addr", address, *arguments)
+        training = {**TRAINING, "publish-every-s": 4, **dict(training)}
+        settings = {**training, "drafting": "always", "run-dir": second_folder}
+        flags = [part for name, value in settings.items() for part in (training_flag(name), value)]
+        of_second = [*SERVING, "--log-level", "info", *shared, "--node-rank", 1, "--enable-draft-training", *flags]
+        second = ServerProcess(tmp_path / "second.log", ["--model-path", model, *of_second], tp=2)
+        servers.append(second)
+        # It looks whether the ports are free that the first, here on the same machine, will listen at.
+        wait_for("the second node has seen its ports", lambda: "server_args=" in second.log.read_text())
+        client = start(*shared, "--node-rank", 0, training=training | {"run-dir": first_folder}, model=model, tp=2)
         servers.insert(0, client.server)
         return client
 
@@ -40,22 +46,46 @@ def nodes(start, tmp_path):
         server.stop()
 
 
-def test_a_rank_of_another_node_drafts_with_the_same_versions(nodes, reference, tmp_path):
-    expected = reference()
-    client = nodes(tmp_path / "run", tmp_path / "run")
+def learn(client, expected, acceptance=1.0):
+    """Traffic until two versions went live and the last is accepted of; returns the status at the end."""
 
-    def swapped():
+    def has_learnt():
         assert outputs(client.generate_all(prompts(24), tokens=48)) == expected[:24]
         status = client.status()
         active = status["acceptance_by_version"].get(str(status["draft"]["active_version"]), {})
-        return status["draft"]["swaps"] >= 2 and (active.get("length") or 0) >= 1.5
+        return status["draft"]["swaps"] >= 2 and (active.get("length") or 0) >= acceptance
 
-    wait_for("two swaps and an acceptance length of 1.5", swapped, 300)
+    wait_for(f"two swaps and an acceptance length of {acceptance}", has_learnt, 300)
     status = settled(client)
     assert_every_token_is_accounted_for(status)
     assert status["draft"]["refused"] == {}
+    assert status["trainer"]["parity"]["agreed"] == status["trainer"]["parity"]["compared"] > 0
+    return status
+
+
+def test_a_rank_of_another_node_drafts_with_the_same_versions(nodes, reference, tmp_path):
+    expected = reference()
+    status = learn(nodes(tmp_path / "run", tmp_path / "run"), expected, acceptance=1.3)
     assert len(status["export"]) == 1
-    assert status["trainer"]["parity"]["agreed"] == status["trainer"]["parity"]["compared"]
+
+
+def test_a_trainer_that_listens_learns_from_the_requests_of_both_nodes(nodes, reference, moe, tmp_path):  # noqa: F811
+    expected = reference(moe)
+    client = nodes(tmp_path / "run", tmp_path / "run", "--attn-dp-size", 2, training=STREAMED, model=moe)
+    refused = subprocess.run(
+        [sys.executable, "-m", "trainer", "attach", "--server", client.server.url, "--run-dir", tmp_path / "refused"],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert refused.returncode != 0
+    assert "computes requests on 2 nodes; give --listen" in refused.stderr + refused.stdout
+    listen = ("--listen", f"tcp://127.0.0.1:{free_port(in_a_row=2)}")
+    trainer = AttachedTrainer([client], tmp_path / "trained", ("-m", "trainer"), listen)
+    try:
+        status = learn(client, expected)
+    finally:
+        trainer.end()
+    assert [export["transport"] for export in status["export"]] == ["tcp", "tcp"]
+    assert min(export["captured"] for export in status["export"]) > 0.2 * status["tokens"]["captured"]
 
 
 def test_nodes_with_run_folders_of_their_own_do_not_start(nodes, tmp_path):

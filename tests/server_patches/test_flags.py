@@ -199,7 +199,7 @@ def test_a_node_after_the_first_begins_with_the_same_draft_and_has_no_trainer(pa
         (["--enable-draft-training", "--draft-training-ttt-stepz", "3"], "--draft-training-ttt-stepz"),
         (["--enable-draft-training", "--speculative-algorithm", "NGRAM"], "not --speculative-algorithm NGRAM"),
         (["--enable-draft-training", "--pp-size", "2"], "without pipeline parallelism"),
-        (["--enable-draft-training", "--nnodes", "2", "--dp-size", "2"], "--nnodes 2 goes with tensor and expert"),
+        (["--enable-draft-training", "--nnodes", "2", "--dp-size", "2"], "give --draft-training-trainer none"),
         (
             ["--enable-draft-training", "--draft-training-trainer-device", "cuda:99"],
             "needs 100 GPU(s)",

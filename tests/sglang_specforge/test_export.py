@@ -2,6 +2,7 @@
 
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,9 +58,13 @@ def wait_for(condition):
     raise AssertionError("the condition did not come true within 10 s")
 
 
+def way_file(endpoint):
+    return Path(endpoint.removeprefix("ipc://")).with_name("reader.json")
+
+
 def exporting(endpoint, ring_bytes):
     ring = HostRing(ring_bytes, pinned=False)
-    exporter = Exporter(endpoint, ring, Admission(ring, lambda request: request))
+    exporter = Exporter(endpoint, way_file(endpoint), ring, Admission(ring, lambda request: request))
     exporter.start()
     return exporter, HostCopier(ring, torch.device("cpu"))
 

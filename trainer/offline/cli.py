@@ -46,6 +46,8 @@ def capture(
         run, sequences = run_of(url, control_key), PreparedFile(data)
         if run.disaggregation != "null":
             fail(f"{url} is a {run.disaggregation} server, which computes half of a sequence; give one that does both")
+        if run.is_spread:
+            fail(f"{url} computes requests on {run.nodes} nodes; give one that does on this one")
         target = load_target_config(Path(run.target_path))
         manifest = Manifest(
             target_fingerprint=run.target_fingerprint,
