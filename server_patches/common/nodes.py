@@ -1,7 +1,7 @@
 """A server of several nodes: each is started by a command of its own, and all have to begin with the same draft.
 
-The first one's has the trainer, the control service and the rank that exports. The others only keep the draft of their
-ranks in step, so they read the versions of the run folder, which has to be on storage that all of them share.
+The first has the control service and, unless it is started apart, the trainer. The others keep the draft of their ranks
+in step, so they read the versions of the run folder, which has to be on storage that all of them share.
 """
 
 import argparse
