@@ -131,6 +131,7 @@ FAMILIES = {
         {**_SIGLIP, "vision_use_head": False},
         _GEMMA3_MARKS,
         more={"mm_tokens_per_image": 4},
+        flags=("--dtype", "float32", "--enable-multimodal"),
     ),
     "gemma4": Family(
         "gemma4",
@@ -220,7 +221,10 @@ def make_target(family: str, folder: Path) -> Path:
     config = AutoConfig.for_model(made.model_type, **parts, tie_word_embeddings=made.tied, **ids, **made.more)
     # SGLang looks into the index of several files for Llama 4's vision tower, and serves it as one of text without.
     most = "1MB" if family == "llama4" else "1GB"
-    AutoModelForImageTextToText.from_config(config).float().save_pretrained(folder, max_shard_size=most)
+    model = AutoModelForImageTextToText.from_config(config).float()
+    if family == "gemma3_images":  # else nothing of an image is seen
+        torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)
+    model.save_pretrained(folder, max_shard_size=most)
     if family == "gemma3_images":
         _name_as_published(folder / "model.safetensors")
     if make_processor := _PROCESSORS.get(made.model_type):

@@ -114,7 +114,9 @@ def test_the_loss_mask_is_on_the_answer_wherever_images_put_it():
         mask = mask_of(sequence, captured)
         assert [token for token, is_learnt in zip(captured, mask, strict=True) if is_learnt] == answer
         assert mask_of(sequence, [1, *around, 2, 3, 7, 8]) is None
-    assert mask_of(sequence, sequence.input_ids) is None  # it read no image
+        assert mask_of(sequence, [1, *around, 2, 3, -6, 8, 9]) is None
+        again = [1, *around, 2, 3, 70, 71, 8, 9]  # the answer's text in other tokens
+        assert mask_of(sequence, again) == [False] * (len(again) - 4) + [True] * 4
     text = Prepared.of(answer, [True] * 3)
     assert mask_of(text, answer) == [True] * 3
     assert mask_of(text, [1, *answer]) is None

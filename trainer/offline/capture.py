@@ -33,7 +33,10 @@ _ARRIVES_WITHIN_S = 10.0  # states of an answered request
 _TRIES = 3
 _TIMEOUT_S = 600.0
 _LONGEST = 1 << 24
-_IMAGES_NEED = "; images need a target that reads them, and SGLang 0.5.21 or newer"
+_IMAGES_NEED = (
+    "; images need a target that reads them (of Gemma 3 and Llama 4, SGLang does with --enable-multimodal alone), and "
+    "SGLang 0.5.21 or newer"
+)
 
 
 @dataclass
@@ -138,6 +141,9 @@ class Capture:
             return  # another client's request
         sequence = sent.sequence
         mask = None if sample.start else mask_of(sequence, sample.tokens_T.tolist())
+        if sequence.images and not len(sample.embeds_MH):
+            self._retry(alias, "the server read none of its images" + _IMAGES_NEED, tries=1)
+            return
         if mask is None:
             self._retry(alias, "its states came incomplete, or of other tokens")
             return
@@ -158,7 +164,6 @@ class Capture:
             elif sent.answered_s is None:
                 sent.answered_s = now_s
             elif now_s - sent.answered_s > _ARRIVES_WITHIN_S:
-                # Of prompts that show images they never do, where SGLang is older.
                 self._retry(alias, "its states did not arrive" + (_IMAGES_NEED if sent.sequence.images else ""))
 
     def _retry(self, alias: str, reason: str, tries: int = _TRIES) -> None:
@@ -173,13 +178,19 @@ class Capture:
 def mask_of(sequence: Prepared, captured: list[int]) -> list[bool] | None:
     """The loss mask on the tokens that were captured; None where they are others than the sequence's.
 
-    Where it shows images, the target read no tokens, or some around the image that its processor put there: then each
-    learnt token has to be there.
+    Of one that shows images, the target read no tokens there, or some that its processor put around them; and SGLang
+    has some processors make tokens of its text anew, so that an answer's may be others: they are learnt all the same.
     """
     ids, mask = sequence.input_ids, sequence.loss_mask
     if not sequence.images:
         return mask if ids == captured else None
     found = [False] * len(captured)
-    for start, place, length in SequenceMatcher(None, ids, captured, autojunk=False).get_matching_blocks():
-        found[place : place + length] = mask[start : start + length]
-    return found if sum(found) == sum(mask) and min(captured) < 0 else None
+    for kind, *at in SequenceMatcher(None, ids, captured, autojunk=False).get_opcodes():
+        own, theirs = slice(*at[:2]), slice(*at[2:])
+        if kind == "equal":
+            found[theirs] = mask[own]
+        elif any(mask[own]):
+            if not all(mask[own]) or min(captured[theirs], default=-1) < 0:
+                return None
+            found[theirs] = [True] * len(captured[theirs])
+    return found
