@@ -90,7 +90,9 @@ def _undecoded(feature: Any) -> Any:
         return datasets.Image(decode=False)
     if isinstance(feature, dict):
         return {name: _undecoded(inner) for name, inner in feature.items()}
-    return datasets.List(_undecoded(feature.feature)) if isinstance(feature, datasets.List) else feature
+    if isinstance(feature, datasets.List):
+        return datasets.List(_undecoded(feature.feature), feature.length)
+    return feature
 
 
 def to_conversation(row: dict[str, Any], layout: Layout) -> Conversation | str:

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from sglang_specforge.cli import app
 from sglang_specforge.images import as_sent
+from sglang_specforge.prepare.conversations import _undecoded
 from sglang_specforge.prepared import PreparedFile
 
 TOKENIZER = Path(__file__).parents[2] / "examples" / "tiny_target"
@@ -109,6 +110,13 @@ def test_images_that_a_dataset_holds_itself_are_kept_as_they_are(folder):
     (held,) = found.images
     assert base64.b64decode(held.partition(",")[2]) == content, output
     assert as_sent(found.images) == [held] == as_sent([str(folder / "red.png")])
+
+
+def test_what_is_no_image_of_a_dataset_is_read_as_ever():
+    text, image = datasets.Value("string"), datasets.Image()
+    others = datasets.Features(pair=datasets.List(text, length=2), turns=datasets.List({"value": text}))
+    assert _undecoded(others) == others
+    assert _undecoded({"images": datasets.List(image, length=2)})["images"].length == 2
 
 
 def test_the_same_question_about_another_image_is_another_sequence(folder):

@@ -140,10 +140,10 @@ class Capture:
         if sent is None:
             return  # another client's request
         sequence = sent.sequence
-        mask = None if sample.start else mask_of(sequence, sample.tokens_T.tolist())
-        if sequence.images and not len(sample.embeds_MH):
+        if sequence.images and not sample.start and not len(sample.embeds_MH):
             self._retry(alias, "the server read none of its images" + _IMAGES_NEED, tries=1)
             return
+        mask = None if sample.start else mask_of(sequence, sample.tokens_T.tolist())
         if mask is None:
             self._retry(alias, "its states came incomplete, or of other tokens")
             return
