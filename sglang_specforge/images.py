@@ -9,8 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-_ELSEWHERE = ("http://", "https://")
-_WITHIN = "data:"
+_URLS = ("http://", "https://", "data:")
 
 
 def refer(given: Any, folder: Path) -> str | None:
@@ -26,7 +25,7 @@ def refer(given: Any, folder: Path) -> str | None:
         given = given.get("url") or given.get("path")
     if not isinstance(given, str) or not given:
         return None
-    if given.startswith((*_ELSEWHERE, _WITHIN)):
+    if given.startswith(_URLS):
         return given
     file = (folder / given.removeprefix("file://")).absolute()
     return str(file) if file.is_file() and os.access(file, os.R_OK) else None
@@ -38,8 +37,8 @@ def as_sent(references: Iterable[str]) -> list[str]:
     Raises:
         OSError: a file is no longer there.
     """
-    return [r if r.startswith((*_ELSEWHERE, _WITHIN)) else _data_url(Path(r).read_bytes()) for r in references]
+    return [r if r.startswith(_URLS) else _data_url(Path(r).read_bytes()) for r in references]
 
 
 def _data_url(content: bytes) -> str:
-    return f"{_WITHIN}application/octet-stream;base64,{base64.b64encode(content).decode()}"
+    return f"data:application/octet-stream;base64,{base64.b64encode(content).decode()}"

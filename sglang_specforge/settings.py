@@ -250,10 +250,13 @@ class Run(Job):
         return self.nodes > 1 and self.replicas > 1
 
     @property
+    def socket_folder(self) -> Path:
+        return Path(self.spans_endpoint.removeprefix("ipc://")).parent
+
+    @property
     def way_file(self) -> Path:
         """Where exporters find a reader on another machine (``reader.Way``); its folder is seen by all of them."""
-        folder = self.run_dir if self.is_spread else Path(self.spans_endpoint.removeprefix("ipc://")).parent
-        return folder / "reader.json"
+        return (self.run_dir if self.is_spread else self.socket_folder) / "reader.json"
 
     @property
     def travel_dtype(self) -> str:

@@ -231,7 +231,7 @@ def attach(settings: AttachSettings, api_key: str | None) -> tuple[Job, Attached
 
 def is_here(run: Run) -> bool:
     """All of the server's states come to sockets that this process can reach."""
-    return not run.is_spread and Path(run.spans_endpoint.removeprefix("ipc://")).parent.is_dir()
+    return not run.is_spread and run.socket_folder.is_dir()
 
 
 def _watches(settings: AttachSettings, api_key: str | None) -> list[Watch]:

@@ -41,17 +41,18 @@ def check_alike(run: Run) -> None:
         RuntimeError: on all of them, where a node began with another draft than the first, or in another run folder.
     """
     group = get_parallel().tp_group.cpu_group
-    told = [run.run_dir / f".{uuid.uuid4().hex}"]
+    name = [f".{uuid.uuid4().hex}"]
     is_first = dist.get_rank(group) == 0
     if is_first:
-        told[0].touch()
-    dist.broadcast_object_list(told, src=dist.get_global_rank(group, 0), group=group)
+        (run.run_dir / name[0]).touch()
+    dist.broadcast_object_list(name, src=dist.get_global_rank(group, 0), group=group)
+    probe = run.run_dir / name[0]
     content = noted_content(run.version_path(run.draft_version))
-    own = _Found(run.node, content, run.draft_version, run.run_dir, (run.run_dir / told[0].name).exists())
+    own = _Found(run.node, content, run.draft_version, run.run_dir, probe.exists())
     found: list[_Found | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(found, own, group=group)
     if is_first:
-        told[0].unlink()
+        probe.unlink()
     first, *others = found
     for other in others:
         if not other.shares_folder:

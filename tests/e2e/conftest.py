@@ -123,8 +123,10 @@ def customize_servers(monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / folder), prepend=os.pathsep)
 
 
-def training_flag(name: str) -> str:
-    return flag_of(DraftTrainingSettings, name.replace("-", "_"), "draft_training_")
+def training_flags(settings: dict[str, Any]) -> list[Any]:
+    settings = {"drafting": "always"} | settings  # a draft that does not pay here is still looked at
+    names = {name: flag_of(DraftTrainingSettings, name.replace("-", "_"), "draft_training_") for name in settings}
+    return ["--enable-draft-training", *(part for name, value in settings.items() for part in (names[name], value))]
 
 
 @pytest.fixture(scope="session")
@@ -151,9 +153,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Cl
         folder = tmp_path_factory.mktemp("server")
         flags: list[Any] = []
         if training is not None:
-            training = {"drafting": "always"} | training  # a draft that does not pay here is still looked at
-            flags = ["--enable-draft-training", "--draft-training-run-dir", folder / "run"]
-            flags += [part for name, value in training.items() for part in (training_flag(name), value)]
+            flags = training_flags({"run-dir": folder / "run"} | training)
         server = kind.start(folder / "log", ["--model-path", model, *SERVING, *arguments, *flags], **ranks)
         for end in ending:
             end.result()

@@ -28,7 +28,7 @@ TREE = [
 NO_CACHE = "--disable-radix-cache"  # whole sequences are captured, so that parity can compare all of them
 
 
-def run_loop(client, reference_outputs=None, acceptance=1.0):
+def run_loop(client, reference_outputs=None, acceptance=1.0, transport="shared_memory"):
     """Traffic until two swaps, 200 compared proposals and an acceptance have come; returns the status at the end."""
 
     def enough():
@@ -48,7 +48,7 @@ def run_loop(client, reference_outputs=None, acceptance=1.0):
     status = settled(client)
     assert_every_token_is_accounted_for(status)
     assert status["draft"]["refused"] == {}
-    assert {export["transport"] for export in status["export"]} == {"shared_memory"}
+    assert {export["transport"] for export in status["export"]} == {transport}
     return status
 
 

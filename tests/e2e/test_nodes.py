@@ -6,19 +6,9 @@ import sys
 import pytest
 
 from sglang_specforge.server_process import ServerFailed, ServerProcess, free_port
-from tests.e2e.conftest import (
-    SERVING,
-    TARGET,
-    TRAINING,
-    assert_every_token_is_accounted_for,
-    outputs,
-    prompts,
-    settled,
-    training_flag,
-    wait_for,
-)
+from tests.e2e.conftest import SERVING, TARGET, training_flags, wait_for
 from tests.e2e.test_attach import STREAMED, AttachedTrainer
-from tests.e2e.test_layouts import NO_CACHE, moe  # noqa: F401 - a fixture
+from tests.e2e.test_layouts import NO_CACHE, STEADY, moe, run_loop  # noqa: F401 - a fixture
 
 
 @pytest.fixture
@@ -29,11 +19,10 @@ def nodes(start, tmp_path):
     def begin(first_folder, second_folder, *arguments, training=(), model=TARGET):
         address = f"127.0.0.1:{free_port()}"
         shared = ("--dtype", "float32", NO_CACHE, "--nnodes", 2, "--dist-init-addr", address, *arguments)
-        training = {**TRAINING, "publish-every-s": 4, **dict(training)}
-        settings = {**training, "drafting": "always", "run-dir": second_folder}
-        flags = [part for name, value in settings.items() for part in (training_flag(name), value)]
-        of_second = [*SERVING, "--log-level", "info", *shared, "--node-rank", 1, "--enable-draft-training", *flags]
-        second = ServerProcess(tmp_path / "second.log", ["--model-path", model, *of_second], tp=2)
+        training = {**STEADY, **dict(training)}
+        flags = training_flags(training | {"run-dir": second_folder})
+        of_second = ["--model-path", model, *SERVING, "--log-level", "info", *shared, "--node-rank", 1, *flags]
+        second = ServerProcess(tmp_path / "second.log", of_second, tp=2)
         servers.append(second)
         # It looks whether the ports are free that the first, here on the same machine, will listen at.
         wait_for("the second node has seen its ports", lambda: "server_args=" in second.log.read_text())
@@ -46,27 +35,11 @@ def nodes(start, tmp_path):
         server.stop()
 
 
-def learn(client, expected, acceptance=1.0):
-    """Traffic until two versions went live and the last is accepted of; returns the status at the end."""
-
-    def has_learnt():
-        assert outputs(client.generate_all(prompts(24), tokens=48)) == expected[:24]
-        status = client.status()
-        active = status["acceptance_by_version"].get(str(status["draft"]["active_version"]), {})
-        return status["draft"]["swaps"] >= 2 and (active.get("length") or 0) >= acceptance
-
-    wait_for(f"two swaps and an acceptance length of {acceptance}", has_learnt, 300)
-    status = settled(client)
-    assert_every_token_is_accounted_for(status)
-    assert status["draft"]["refused"] == {}
-    assert status["trainer"]["parity"]["agreed"] == status["trainer"]["parity"]["compared"] > 0
-    return status
-
-
 def test_a_rank_of_another_node_drafts_with_the_same_versions(nodes, reference, tmp_path):
     expected = reference()
-    status = learn(nodes(tmp_path / "run", tmp_path / "run"), expected, acceptance=1.3)
+    status = run_loop(nodes(tmp_path / "run", tmp_path / "run"), expected, acceptance=1.3)
     assert len(status["export"]) == 1
+    assert status["trainer"]["parity"]["agreed"] == status["trainer"]["parity"]["compared"]
 
 
 def test_a_trainer_that_listens_learns_from_the_requests_of_both_nodes(nodes, reference, moe, tmp_path):  # noqa: F811
@@ -81,10 +54,11 @@ def test_a_trainer_that_listens_learns_from_the_requests_of_both_nodes(nodes, re
     listen = ("--listen", f"tcp://127.0.0.1:{free_port(in_a_row=2)}")
     trainer = AttachedTrainer([client], tmp_path / "trained", ("-m", "trainer"), listen)
     try:
-        status = learn(client, expected)
+        status = run_loop(client, expected, transport="tcp")
     finally:
         trainer.end()
-    assert [export["transport"] for export in status["export"]] == ["tcp", "tcp"]
+    assert len(status["export"]) == 2
+    assert status["trainer"]["parity"]["agreed"] == status["trainer"]["parity"]["compared"]
     assert min(export["captured"] for export in status["export"]) > 0.2 * status["tokens"]["captured"]
 
 
