@@ -5,9 +5,10 @@ A histogram holds, at index n, the verifications of a request that committed n t
 for the acceptance length and for how often the draft was right at each depth.
 """
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from enum import IntEnum
+from functools import lru_cache
 from typing import Any
 
 from sglang_specforge.export.pace import size_class
@@ -50,17 +51,18 @@ class Acceptance:
         if not committed:
             return
         by_version = self._by_version.setdefault(version, [])
-        for tokens, name, prompt in zip(committed, slices, prompts, strict=True):
-            _add(self._total, tokens)
-            _add(self._by_prompt.setdefault(max(_SHORT, size_class(prompt)), []), tokens)
-            _add(by_version, tokens)
+        alike = Counter(zip(committed, slices, map(_prompt_class, prompts), strict=True))  # few, of many requests
+        for (tokens, name, longest), requests in alike.items():
+            _add(self._total, tokens, requests)
+            _add(self._by_prompt.setdefault(longest, []), tokens, requests)
+            _add(by_version, tokens, requests)
             if name:
-                _add(self._by_slice.setdefault(name, []), tokens)
+                _add(self._by_slice.setdefault(name, []), tokens, requests)
                 self._by_slice.move_to_end(name)
         if window:
             by_standing = self._by_window.setdefault(window, [[] for _ in Standing])
-            for tokens, standing in zip(committed, standings, strict=True):
-                _add(by_standing[standing], tokens)
+            for (tokens, standing), requests in Counter(zip(committed, standings, strict=True)).items():
+                _add(by_standing[standing], tokens, requests)
         _bound(self._by_version, _VERSIONS)
         _bound(self._by_window, _WINDOWS)
         while len(self._by_slice) > _SLICES:
@@ -101,9 +103,14 @@ def add_up(histograms: Iterable[Histogram]) -> Histogram:
     return total
 
 
-def _add(counts: Histogram, tokens: int) -> None:
+@lru_cache(maxsize=1 << 14)
+def _prompt_class(tokens: int) -> int:
+    return max(_SHORT, size_class(tokens))
+
+
+def _add(counts: Histogram, tokens: int, requests: int) -> None:
     counts += [0] * (tokens + 1 - len(counts))
-    counts[tokens] += 1
+    counts[tokens] += requests
 
 
 def _bound(by_number: dict[int, Any], most: int) -> None:

@@ -1,7 +1,7 @@
 """One forward pass's captured states on their way through the host ring.
 
-Shapes: B requests of the pass, N rows, R rows a captured request, D drafted tokens a request, H hidden; F = 2 + D, and
-R more of a tree.
+Shapes: B requests of the pass, P of them captured, N rows, R rows a captured request, D drafted tokens a request, H
+hidden; F = 2 + D, and R more of a tree.
 Prefill rows are the tokens of the pass in order (``contracts.spans`` says what one below zero is); verify rows are, for
 each captured request, the R nodes of the longest accepted path, of which the first were accepted.
 """
@@ -62,16 +62,14 @@ class Verified:
     def facts(self) -> list[tuple[int, int, int, int]]:
         """Of each captured request: first position, rows accepted, the token proposed after the first row, and the one
         refused after the last accepted row. In a chain that is the next draft; a tree may have refused several (-1)."""
-        facts_BF = self._facts_BF.tolist()
-        return [
-            (
-                start,
-                accepted,
-                drafted[1] if self.drafted else -1,
-                drafted[accepted] if self.chain and accepted < len(drafted) else -1,
-            )
-            for start, accepted, *drafted in (facts_BF[b] for b in self.picked)
-        ]
+        facts_PF = self._facts_BF[self.picked]
+        none_P = np.full(len(facts_PF), -1)
+        accepted_P, drafted_PD = facts_PF[:, 1], facts_PF[:, 2:]
+        proposed_P, rejected_P = drafted_PD[:, 1] if self.drafted else none_P, none_P
+        if self.chain:
+            rejected_P = np.column_stack((drafted_PD, none_P))[np.arange(len(facts_PF)), accepted_P]
+        numbers = (facts_PF[:, 0], accepted_P, proposed_P, rejected_P)
+        return list(zip(*(n.tolist() for n in numbers), strict=True))
 
     def tokens_N(self) -> Tensor:
         """Of the captured requests' rows."""
@@ -126,13 +124,14 @@ class Entry:
         return spans
 
     def _verify_spans(self) -> list[Span]:
-        spans, R = [], self.verified.rows_per_request
-        for b, (r, (start, length, *drafts)) in enumerate(zip(self.requests, self.verified.facts(), strict=True)):
-            prefix = _tokens(r.prompt if start == r.prompt_tokens else ())
-            spans.append(
-                Span(r.alias, start, length, b * R, r.prompt_tokens, r.cached_tokens, *drafts, prefix, slice=r.slice)
+        R, facts = self.verified.rows_per_request, self.verified.facts()
+        return [
+            Span(
+                r.alias, start, length, b * R, r.prompt_tokens, r.cached_tokens, proposed, rejected,
+                _tokens(r.prompt) if start == r.prompt_tokens else b"", r.slice,
             )
-        return spans
+            for b, (r, (start, length, proposed, rejected)) in enumerate(zip(self.requests, facts, strict=True))
+        ]  # fmt: skip
 
 
 def _layout(name: str, tensor: Tensor) -> TensorLayout:
