@@ -40,7 +40,7 @@ async def learn(server: ServerProcess, families: Sequence[traffic.Family], phase
                 await asyncio.sleep(LOOK_EVERY_S)
                 curve.looks.append(Look.at(await asyncio.to_thread(server.status), tally))
                 if len(curve.looks) % 10 == 0:
-                    print(f"{family}: {curve.line()}", flush=True)
+                    print(f"{family or 'all'}: {curve.line()}", flush=True)
         phases.append(len(curve.looks) - seen)
     stop_at_failures(tally)
     return curve, phases

@@ -9,6 +9,7 @@ _GAUGES = {
     "active_version": "Draft version in service.",
     "acceptance_length": "Tokens a verification, of the draft version in service, since the server's start.",
     "held_out_acceptance_length": "Of the newest draft version, by simulation on held-out samples.",
+    "draft_vocabulary_coverage": "Share of what is trained on that the newest draft version can say.",
     "drafting": "1 while steps draft, else 0.",
     "break_even_acceptance_length": "At which drafting is as fast as none, as measured last.",
     "moved_slices": "Slices, and all traffic as one, whose acceptance fell and has not recovered (drift).",
@@ -65,6 +66,7 @@ def _gauged(status: dict[str, Any]) -> Iterator[tuple[str, float | None]]:
     yield "moved_slices", len(status["draft"]["drift"]["moved"])
     yield "acceptance_length", status["acceptance_by_version"].get(str(active), {}).get("length")
     yield "held_out_acceptance_length", status["trainer"]["held_out_acceptance_length"]
+    yield "draft_vocabulary_coverage", status["trainer"]["vocabulary"]["coverage"]
     yield "trainer_step", status["trainer"]["step"]
     yield "trainer_silent_seconds", status["trainer"]["silent_s"]
 

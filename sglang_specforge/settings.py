@@ -104,6 +104,13 @@ class OnlineSettings(TrainingSettings):
         20, ge=2, description="About one sequence in so many is held out for evaluation, by its content."
     )
     evaluated_samples: int = Field(32, ge=1, description="Newest held-out samples that each version is evaluated on.")
+    draft_vocab_gain: float = Field(
+        0.01,
+        gt=0,
+        le=1,
+        description="Share of the tokens that are trained on which another draft vocabulary of the same size has to "
+        "hold more, to be taken; 1: never.",
+    )
     gate_confidence: float = Field(
         0.95, gt=0.5, lt=1, description="Of a new version's gain over the draft in service, before it goes live."
     )

@@ -43,6 +43,7 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
             f"{trainer['staleness']['buffered_samples']:,} samples, of the last step {_age(trainer['staleness'])}",
         ),
         ("  cached prefixes", _prefixes(trainer["prefixes"])),
+        ("  draft vocabulary", _vocabulary(trainer["vocabulary"])),
         ("  parity", f"{trainer['parity']['agreed']}/{trainer['parity']['compared']}"),
     ]
     if process := trainer["process"]:
@@ -94,6 +95,13 @@ def _transport(export: dict[str, Any]) -> str:
 
 def _age(staleness: dict[str, float]) -> str:
     return f"{staleness['mean_age_s']:.0f} s old, {staleness['oldest_age_s']:.0f} s at most"
+
+
+def _vocabulary(found: dict[str, Any]) -> str:
+    if found["coverage"] is None:
+        return "-"
+    anew = f"; chosen anew {found['chosen']} times" if found["chosen"] else ""
+    return f"{found['tokens']:,} tokens hold {found['coverage']:.1%} of {found['counted']:,} trained on{anew}"
 
 
 def _number(value: float | None) -> str:

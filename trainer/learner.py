@@ -11,7 +11,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
@@ -28,6 +33,7 @@ from trainer.optimizer import make_optimizers, set_learning_rates
 from trainer.rows import Rows
 from trainer.sample import Sample, count_rows, fields_of, pack
 from trainer.share import gather
+from trainer.vocabulary import take_rows
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,23 @@ class Learner:
             found.append((sample.slice, simulate(draft, self.target, [sample], self._job.speculation)))
         everyones = gather(found, list[tuple[str, Simulated]])
         return [pair for pairs in everyones for pair in pairs if pair[1].sequences]
+
+    def choose_vocabulary(self, ids_D: Tensor) -> None:
+        """From the next step on, the draft says these target ids, ascending int64 [D].
+
+        What it has learnt of a token stays; of a new one, its head is the target's, as a random draft's is.
+        """
+        ids_D, draft = ids_D.to(self._device), self.draft
+        row_D = (draft.t2d.cumsum(0) - 1)[ids_D].where(draft.t2d[ids_D], -1)  # of each token, where it has one
+        model, optimizer = get_state_dict(draft, self.optimizers)
+        for name in (n for n in model if n.startswith("lm_head.")):
+            take_rows(model[name], row_D, self.target.head_VH[ids_D] if name == "lm_head.weight" else 0.0)
+            for moment in optimizer["state"][name].values():
+                if moment.shape == model[name].shape:
+                    take_rows(moment, row_D, 0.0)
+        model["d2t"].copy_(ids_D - torch.arange(ids_D.numel(), device=self._device))
+        model["t2d"].zero_()[ids_D] = True
+        set_state_dict(draft, self.optimizers, model_state_dict=model, optim_state_dict=optimizer)
 
     def export(self) -> dict[str, Tensor]:
         """Whole tensors on the host of the first process, in the served dtype, named as a checkpoint's."""

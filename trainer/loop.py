@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from sglang_specforge.checkpoint import CheckpointError
 from sglang_specforge.contracts.control import Verdict
@@ -37,6 +38,9 @@ class Source(Protocol):
         """Checkpoint of the draft in service, that a new version is compared with; None where there is none."""
 
     def published(self, version: int, step: int, evaluated: Evaluated) -> None: ...
+    def better_vocabulary(self, t2d_V: Tensor) -> Tensor | None:
+        """Target ids that the draft should say, int64 [D], where those that it says (bool [V]) are not good enough."""
+
     def beat(self, learning: bool) -> None: ...
     def close(self) -> None: ...
 
@@ -68,6 +72,7 @@ class Trainer:
                     self._source.trained(result)
                 if self._any(self._first and self._source.wants_version(result.step)):
                     self._publish()
+                    self._follow_vocabulary()
             if self._first:
                 self._source.beat(passes is not None)
         if self._saved_step != self._learner.step:
@@ -107,6 +112,16 @@ class Trainer:
         except CheckpointError as error:  # all processes read the same file
             return Verdict(samples=0, passed=False, why=f"the served draft cannot be compared with: {error}")
         return compare(found, served, settings.gate_confidence, settings.gate_slice_loss)
+
+    def _follow_vocabulary(self) -> None:
+        """The next version may say other tokens than the one before."""
+        ids_D, draft = None, self._learner.draft
+        if self._first:
+            ids_D = self._source.better_vocabulary(draft.t2d.cpu())
+        if self._any(ids_D is not None):
+            ids_D = torch.empty_like(draft.d2t, device="cpu") if ids_D is None else ids_D
+            dist.broadcast(ids_D, 0)
+            self._learner.choose_vocabulary(ids_D)
 
     def _save(self) -> None:
         self._checkpoints.save(self._learner, self._source.position(), self._best)

@@ -9,6 +9,7 @@ from typing import Protocol
 import msgspec
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from sglang_specforge.client import Unanswered
 from sglang_specforge.contracts import control
@@ -30,6 +31,7 @@ from trainer.sample import Sample
 from trainer.share import Dealer
 from trainer.spill import Spill
 from trainer.trackers import Trackers
+from trainer.vocabulary import VocabularyWatch
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +98,7 @@ class OnlineSource:
     ) -> None:
         self._job, self._settings, self._servers, self._trackers = job, settings, servers, trackers
         self._target, self._resumed_from_step = learner.target, learner.step
+        self._vocabulary = VocabularyWatch(settings.draft_vocab_gain)
         self._last: Trained | None = None
         self._held_out_acceptance_length: float | None = None
         self._published_s = self._beat_s = time.monotonic()
@@ -166,6 +169,10 @@ class OnlineSource:
             feed.send(self._version_ready(version, evaluated.verdict))
         self._published_s = time.monotonic()
 
+    def better_vocabulary(self, t2d_V: Tensor) -> Tensor | None:
+        counts_V = self._replay.count_tokens(t2d_V.numel(), self._settings.loss_on == "generated")
+        return self._vocabulary.better(counts_V, t2d_V)
+
     def beat(self, learning: bool) -> None:
         """About once a second, look for servers that came or started anew, and tell all what the trainer is doing."""
         if time.monotonic() - self._beat_s < _HEARTBEAT_EVERY_S:
@@ -182,6 +189,7 @@ class OnlineSource:
             held_out_acceptance_length=self._held_out_acceptance_length,
             prefixes=self._prefixes.counts,
             staleness=self._replay.staleness,
+            vocabulary=self._vocabulary.seen,
             resumed_from_step=self._resumed_from_step,
         )
         for feed in self._feeds.values():

@@ -7,6 +7,9 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
+import torch
+from torch import Tensor
+
 from sglang_specforge.contracts.control import Staleness, TokenLedger
 from trainer.sample import Sample
 
@@ -90,6 +93,14 @@ class ReplayBuffer:
                 self._forget()
         self._credit_tokens = min(self._credit_tokens, self._epochs * self._capacity_tokens)
         return False
+
+    def count_tokens(self, vocab_size: int, generated_only: bool) -> Tensor:
+        """How often each token is one to be learnt, int64 [V], in the samples that are trained on."""
+        counts_V = torch.zeros(vocab_size, dtype=torch.int64)
+        for kept in (*self._fresh.values(), *self._trained.values()):
+            learnt_L = kept.sample.learnt(generated_only)
+            counts_V.index_add_(0, learnt_L, torch.ones_like(learnt_L))
+        return counts_V
 
     def draw(self, batch_tokens: int) -> list[Sample]:
         """Samples for one step of at most ``batch_tokens`` tokens (or one sample that is longer): fresh ones first."""

@@ -47,6 +47,11 @@ class Sample:
             return self.generated_T
         return F.pad(self.tokens_T[1:] >= 0, (0, 1), value=True)
 
+    def learnt(self, generated_only: bool) -> Tensor:
+        """The tokens that are to be drafted, those after its rows that teach, int64 [L]."""
+        next_T = self.tokens_T[1:]
+        return next_T[self.teaches(generated_only)[:-1] & (next_T >= 0)]
+
     def __len__(self) -> int:
         return self.tokens_T.numel()
 

@@ -49,6 +49,15 @@ class PrefixCounts(msgspec.Struct, kw_only=True):
     unspilled_blocks: int = 0  # of those, the ones that the disk did not take or give back
 
 
+class Vocabulary(msgspec.Struct, kw_only=True):
+    """The draft's, against the tokens that the trainer keeps to train on, as of the newest version."""
+
+    tokens: int = 0
+    counted: int = 0  # of those that are trained on
+    coverage: float | None = None  # share of them that the draft can say
+    chosen: int = 0  # times that it was chosen anew, for the next version
+
+
 class Heartbeat(msgspec.Struct, tag="heartbeat", kw_only=True):
     """What the trainer is doing."""
 
@@ -62,6 +71,7 @@ class Heartbeat(msgspec.Struct, tag="heartbeat", kw_only=True):
     parity: Parity = msgspec.field(default_factory=Parity)
     prefixes: PrefixCounts = msgspec.field(default_factory=PrefixCounts)
     staleness: Staleness = msgspec.field(default_factory=Staleness)
+    vocabulary: Vocabulary = msgspec.field(default_factory=Vocabulary)
     malformed_messages: int = 0
     resumed_from_step: int = 0
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from sglang_specforge.new_draft import Recipe
 from sglang_specforge.training_settings import Speculation, TrainingSettings
@@ -139,6 +140,9 @@ class OfflineSource:
     def published(self, version: int, step: int, evaluated: Evaluated) -> None:
         self._trackers.log_version(version, step, evaluated)
         self._progress.published(version, step, evaluated.overall)
+
+    def better_vocabulary(self, t2d_V: Tensor) -> Tensor | None:
+        return None  # a random draft's was chosen by all of the data
 
     def beat(self, learning: bool) -> None:
         pass
