@@ -108,8 +108,8 @@ class OnlineSettings(TrainingSettings):
         0.01,
         gt=0,
         le=1,
-        description="Share of the tokens that are trained on which another draft vocabulary of the same size has to "
-        "hold more, to be taken; 1: never.",
+        description="How much more of the tokens that are trained on another draft vocabulary of the same size has to "
+        "hold, as a share, for the draft to change to it; 1: never.",
     )
     gate_confidence: float = Field(
         0.95, gt=0.5, lt=1, description="Of a new version's gain over the draft in service, before it goes live."
