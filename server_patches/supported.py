@@ -5,8 +5,10 @@ from types import ModuleType
 
 import sglang
 from packaging.version import Version
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 from server_patches import v0_5_17, v0_5_20, v0_5_21, v0_5_22, v0_5_23
+from server_patches.common.seams import LAYER
 from server_patches.targets import verify
 
 SUPPORTS = (v0_5_17, v0_5_20, v0_5_21, v0_5_22, v0_5_23)
@@ -33,4 +35,7 @@ def check() -> None:
 def register_scheduler_hooks() -> None:
     """Scheduler processes of a run: capture, swap and their counters. Nothing in any other process."""
     if "sglang.srt.managers.scheduler" in sys.modules:
+        from server_patches.common import qk_norm
+
+        HookRegistry.register(f"{LAYER}.__init__", qk_norm.add_norms, HookType.AFTER)
         installed().register_scheduler_hooks()

@@ -40,6 +40,8 @@ def _eagle3_shapes(config: dict[str, Any]) -> Shapes:
         variants["fc.bias"] = (H,)
     if config.get("norm_before_fc"):
         variants["input_norm.weight"] = (3 * H,)
+    if config.get("qk_norm"):
+        variants |= {f"midlayer.self_attn.{name}.weight": (config["head_dim"],) for name in ("q_norm", "k_norm")}
     if config.get("fc_norm"):
         variants |= {f"fc_norm.{i}.weight": (H,) for i in range(3)}
     return variants | {
@@ -59,7 +61,7 @@ def _eagle3_shapes(config: dict[str, Any]) -> Shapes:
     }
 
 
-EAGLE3_VARIANTS = ("bias", "norm_before_fc", "fc_norm", "norm_output")
+EAGLE3_VARIANTS = ("bias", "norm_before_fc", "fc_norm", "norm_output", "qk_norm")
 EAGLE3 = DraftKind(
     "LlamaForCausalLMEagle3",
     _eagle3_shapes,

@@ -15,8 +15,12 @@ from sglang_specforge.settings import SettingsError
 from sglang_specforge.target import fingerprint_target, load_embedding_and_head, load_target_config, resolve_target
 from sglang_specforge.training_settings import TrainingSettings
 
-Recipe = Literal["eagle3", "eagle3.1"]
-RECIPES: dict[Recipe, dict[str, Any]] = {"eagle3": {}, "eagle3.1": {"fc_norm": True, "norm_output": True}}
+Recipe = Literal["eagle3", "eagle3.1", "eagle3-qk-norm"]
+RECIPES: dict[Recipe, dict[str, Any]] = {
+    "eagle3": {},
+    "eagle3.1": {"fc_norm": True, "norm_output": True},
+    "eagle3-qk-norm": {"qk_norm": True},
+}
 ROTARY = ("default", "dynamic", "linear", "llama3", "yarn")  # kinds that are computed alike by server and trainer
 _OF_IMAGES = ("mrope_section", "mrope_interleaved")
 _LATENT_KEY_HEADS, _LATENT_HEAD_DIM = 8, 128  # of drafts for targets with latent attention

@@ -1,8 +1,9 @@
 """The EAGLE3 draft as SGLang serves it (``LlamaForCausalLMEagle3``), and the variants that its config.json names.
 
 ``bias`` gives ``fc`` one; EAGLE 3.1 sets ``fc_norm`` (a norm for each captured layer before ``fc``) and ``norm_output``
-(the next step reads the normed hidden state); ``norm_before_fc`` norms all captured states at once. Shapes: N rows of a
-pack of samples, or the L roots of chains among them; H hidden.
+(the next step reads the normed hidden state); ``norm_before_fc`` norms all captured states at once; ``qk_norm`` norms
+each query and key head before it is turned, as Qwen3 does (served by ``server_patches.common.qk_norm``). Shapes: N rows
+of a pack of samples, or the L roots of chains among them; H hidden.
 """
 
 from typing import Any

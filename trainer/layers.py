@@ -107,6 +107,10 @@ class TTTAttention(nn.Module):
         self.k_proj = nn.Linear(2 * self.H, config.num_key_value_heads * self.P, bias=False)
         self.v_proj = nn.Linear(2 * self.H, config.num_key_value_heads * self.P, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * self.P, self.H, bias=False)
+        self.q_norm, self.k_norm = (
+            RMSNorm(self.P, config.rms_norm_eps) if getattr(config, "qk_norm", False) else nn.Identity()
+            for _ in range(2)
+        )
 
     def read_embed(self, embed_NH: Tensor) -> Tensor:
         """The normed embedding's part of query, key and value, side by side."""
@@ -116,8 +120,9 @@ class TTTAttention(nn.Module):
         """What each root attends to [L, H]; appends this step's keys and values to ``past``."""
         pick, widths = past.roots.pick, [p.out_features for p in self.projections()]
         query_NF, key_NF, value_NF = read_NF.split(widths, -1)
-        q_QLP = self._project(self.q_proj, pick(query_NF), pick(hidden_NH))
-        past.keys.append(rotate(self._project(self.k_proj, key_NF, hidden_NH), *rotary))
+        q_QLP = self.q_norm(self._project(self.q_proj, pick(query_NF), pick(hidden_NH)))
+        k_GNP = self.k_norm(self._project(self.k_proj, key_NF, hidden_NH))
+        past.keys.append(rotate(k_GNP, *rotary))
         past.values.append(self._project(self.v_proj, value_NF, hidden_NH))
         q_QLP = rotate(q_QLP, *(pick(angles, dim=1) for angles in rotary))
         out_QLP = attend(q_QLP, past.keys, past.values, past.roots)

@@ -11,6 +11,7 @@ RESULT = "sglang.srt.managers.utils.GenerationBatchResult"
 MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 KILL = "sglang.srt.managers.tokenizer_manager.kill_process_tree"
 HTTP = "sglang.srt.entrypoints.http_server"
+LAYER = "sglang.srt.models.llama_eagle3.LlamaDecoderLayer"
 DRAFT = "sglang.srt.speculative.eagle_worker_v2.EagleDraftWorker"
 
 CONTROL = "draft versions, A/B windows, capture and readers as numbers for every rank"
@@ -57,6 +58,8 @@ COMMON: tuple[Seam, ...] = (
     ),
     Members("sglang.srt.model_executor.model_runner.ModelRunner", ("forward_stream",), "waited for: a step, by a swap"),
     Members(f"{DRAFT}", ("draft_runner", "hot_token_id", "device"), "read and written: the live draft"),
+    Target(f"{LAYER}.__init__", ("self", "config"), "AFTER: a draft's norms of queries and keys"),
+    Members("sglang.srt.models.llama.LlamaAttention", ("head_dim", "rotary_emb"), "read and set: likewise"),
     Target("sglang.srt.models.llama_eagle3.LlamaForCausalLMEagle3.load_weights", ("self", "weights"), "called: shards"),
     Members("sglang.srt.speculative.eagle_info.EagleVerifyInput", ("draft_token", "topk"), "read: what was proposed"),
     Members(RESULT, ("logits_output", "next_token_ids", "accept_lens"), "read: what was accepted"),

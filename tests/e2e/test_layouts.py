@@ -96,9 +96,9 @@ def test_states_that_travel_in_fewer_bytes(start, reference):
 YARN = {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 2048}}
 
 
-def test_bf16_and_overridden_rotary_settings_from_a_draft_made_by_hand(start, tmp_path):
+def test_bf16_normed_heads_and_overridden_rotary_settings_of_a_draft_made_by_hand(start, tmp_path):
     made = [sys.executable, "-m", "sglang_specforge", "init-draft", TARGET, tmp_path / "draft", "--seed", "7"]
-    subprocess.run(made, check=True, timeout=120)
+    subprocess.run([*made, "--recipe", "eagle3-qk-norm"], check=True, timeout=120)
     given = ["--speculative-draft-model-path", tmp_path / "draft"]
     overrides = ["--json-model-override-args", json.dumps(YARN)]
     client = start("--dtype", "bfloat16", NO_CACHE, *given, *overrides, training=STEADY)
