@@ -33,7 +33,8 @@ def check() -> None:
 
 
 def register_scheduler_hooks() -> None:
-    """Scheduler processes of a run: capture, swap and their counters. Nothing in any other process."""
+    """Scheduler processes of a run: capture, swap and their counters, and what drafts have that SGLang's model lacks.
+    Nothing in any other process."""
     if "sglang.srt.managers.scheduler" in sys.modules:
         from server_patches.common import qk_norm
 
