@@ -22,11 +22,11 @@ from rich.table import Table
 from sglang_specforge.demo import SERVING
 from sglang_specforge.server_process import ServerProcess
 
-ARMS = {"fixed": 1.0, "follows": 0.01}
+ARMS = {"fixed": ("--draft-training-draft-vocab-gain", 1), "follows": ()}
 
 
-def measure(target: Path, folder: Path, size: int, gain: float, learn_s: float) -> dict[str, Any]:
-    of_draft = ("--draft-training-draft-vocab-size", size, "--draft-training-draft-vocab-gain", gain)
+def measure(target: Path, folder: Path, size: int, arm: tuple[Any, ...], learn_s: float) -> dict[str, Any]:
+    of_draft = ("--draft-training-draft-vocab-size", size, *arm)
     given = ["--model-path", target, *SERVING, *TRAINING, *of_draft, "--draft-training-run-dir", folder / "run"]
     with ServerProcess.start(folder / "log", given) as server:
         curve, _ = asyncio.run(learn(server, (None,), learn_s))
@@ -47,8 +47,8 @@ def main(
                   title=f"{draft_vocab_size} tokens, {learn_s:g} s")  # fmt: skip
     found = {}
     with tempfile.TemporaryDirectory() as name:
-        for arm, gain in ARMS.items():
-            found[arm] = one = measure(target, Path(name) / arm, draft_vocab_size, gain, learn_s)
+        for arm, flags in ARMS.items():
+            found[arm] = one = measure(target, Path(name) / arm, draft_vocab_size, flags, learn_s)
             coverage = "-" if one["coverage"] is None else f"{one['coverage']:.1%}"
             table.add_row(
                 arm, f"{one['acceptance_length']:.3f}", f"{one['tokens_per_s']:.0f}", coverage, str(one["chosen"])

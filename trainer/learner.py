@@ -11,12 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
@@ -131,6 +126,7 @@ class Learner:
         everyones = gather(found, list[tuple[str, Simulated]])
         return [pair for pairs in everyones for pair in pairs if pair[1].sequences]
 
+    @torch.no_grad()
     def choose_vocabulary(self, ids_D: Tensor) -> None:
         """From the next step on, the draft says these target ids, ascending int64 [D].
 
@@ -138,15 +134,14 @@ class Learner:
         """
         ids_D, draft = ids_D.to(self._device), self.draft
         row_D = (draft.t2d.cumsum(0) - 1)[ids_D].where(draft.t2d[ids_D], -1)  # of each token, where it has one
-        model, optimizer = get_state_dict(draft, self.optimizers)
-        for name in (n for n in model if n.startswith("lm_head.")):
-            take_rows(model[name], row_D, self.target.head_VH[ids_D] if name == "lm_head.weight" else 0.0)
-            for moment in optimizer["state"][name].values():
-                if moment.shape == model[name].shape:
+        draft.reshard()  # after a forward pass alone, the head is whole
+        for name, parameter in draft.lm_head.named_parameters():
+            take_rows(parameter, row_D, self.target.head_VH[ids_D] if name == "weight" else 0.0)
+            for moment in (value for o in self.optimizers for value in o.state.get(parameter, {}).values()):
+                if moment.shape == parameter.shape:
                     take_rows(moment, row_D, 0.0)
-        model["d2t"].copy_(ids_D - torch.arange(ids_D.numel(), device=self._device))
-        model["t2d"].zero_()[ids_D] = True
-        set_state_dict(draft, self.optimizers, model_state_dict=model, optim_state_dict=optimizer)
+        draft.d2t.copy_(ids_D - torch.arange(ids_D.numel(), device=self._device))
+        draft.t2d.zero_()[ids_D] = True
 
     def export(self) -> dict[str, Tensor]:
         """Whole tensors on the host of the first process, in the served dtype, named as a checkpoint's."""

@@ -17,7 +17,7 @@ from trainer.gate import Judged, compare
 from trainer.learner import Learner, Trained
 from trainer.resume import Checkpoints, Position
 from trainer.sample import Sample
-from trainer.share import tell
+from trainer.share import gather, tell
 
 
 class Source(Protocol):
@@ -115,13 +115,10 @@ class Trainer:
 
     def _follow_vocabulary(self) -> None:
         """The next version may say other tokens than the one before."""
-        ids_D, draft = None, self._learner.draft
-        if self._first:
-            ids_D = self._source.better_vocabulary(draft.t2d.cpu())
-        if self._any(ids_D is not None):
-            ids_D = torch.empty_like(draft.d2t, device="cpu") if ids_D is None else ids_D
-            dist.broadcast(ids_D, 0)
-            self._learner.choose_vocabulary(ids_D)
+        found_D = self._source.better_vocabulary(self._learner.draft.t2d.cpu()) if self._first else None
+        ids, *_ = gather(None if found_D is None else found_D.tolist(), list[int] | None)
+        if ids is not None:
+            self._learner.choose_vocabulary(torch.tensor(ids))
 
     def _save(self) -> None:
         self._checkpoints.save(self._learner, self._source.position(), self._best)
