@@ -52,7 +52,7 @@ class ControlService:
         self._heartbeat = control.Heartbeat()
         self._heard_at: float | None = None
         self._announced: asyncio.Queue[control.VersionReady] = asyncio.Queue()
-        self._watch = Watch(self.swaps)
+        self._watch, self.metrics = Watch(self.swaps), Metrics()
         self._verdicts: dict[int, control.Verdict] = {}
         self._unreadable = 0
         self._lease, self._leases, self._leasing = Lease(run.way_file), 0, asyncio.Lock()
@@ -256,7 +256,6 @@ class ControlService:
 
     async def _look(self) -> None:
         """Live acceptance, every two seconds: for the guard, for drift, and for who scrapes metrics."""
-        metrics = Metrics.served()
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
             try:
@@ -265,8 +264,7 @@ class ControlService:
                 await self.part.end_if_left()
                 ranks = await self.swaps.ranks()
                 await self._watch.look(ranks, drafting=self.drafting.is_on)
-                if metrics is not None:
-                    metrics.show(self._status_of(ranks))
+                self.metrics.status = self._status_of(ranks)
             except NotAttached:  # said where the status is asked for
                 continue
             except Exception:  # it goes on looking

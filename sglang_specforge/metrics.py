@@ -1,6 +1,9 @@
-"""Prometheus series beside ``sglang:*``, where SGLang serves those (``--enable-metrics``)."""
+"""Prometheus series beside ``sglang:*``, where SGLang serves those (``--enable-metrics``).
 
-import os
+They are made of the status whenever somebody scrapes, not kept in prometheus-client's files of several processes, from
+which no series can be removed: of versions and slices there are as many as the status has, however many come and go.
+"""
+
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,67 +20,74 @@ _GAUGES = {
     "trainer_silent_seconds": "Since the trainer was last heard of.",
 }
 _COUNTERS = {
-    "swaps": ((), "Times that draft weights were copied into service."),
-    "verifications": (("version",), "Verifications of a request, by draft version."),
-    "committed_tokens": (("version",), "Tokens that they committed, bonus tokens included."),
-    "captured_tokens": ((), "Tokens whose states were captured."),
-    "trained_tokens": ((), "Captured tokens that were trained on."),
-    "dropped_tokens": (("reason",), "Captured tokens that were dropped."),
-    "unspilled_blocks": ((), "Blocks of the prefix store that the disk did not take or give back."),
+    "swaps": ("", "Times that draft weights were copied into service."),
+    "verifications": ("version", "Verifications of a request, by draft version (the newest 32)."),
+    "committed_tokens": ("version", "Tokens that they committed, bonus tokens included."),
+    "slice_verifications": ("slice", "Verifications of a request, by slice (the 32 served last)."),
+    "slice_committed_tokens": ("slice", "Tokens that they committed, bonus tokens included."),
+    "captured_tokens": ("", "Tokens whose states were captured."),
+    "trained_tokens": ("", "Captured tokens that were trained on."),
+    "dropped_tokens": ("reason", "Captured tokens that were dropped."),
+    "unspilled_blocks": ("", "Blocks of the prefix store that the disk did not take or give back."),
 }
 
 
 class Metrics:
-    """Of the HTTP process, from one status after another."""
+    """A collector of prometheus-client's, in the HTTP process; what the status does not know has no sample."""
 
     def __init__(self) -> None:
-        from prometheus_client import Counter, Gauge  # here: SGLang first says where several processes keep theirs
+        self.status: dict[str, Any] | None = None  # the newest, as ``GET /draft/status`` gives it
 
-        self._gauges = {
-            name: Gauge(_PREFIX + name, what, multiprocess_mode="mostrecent") for name, what in _GAUGES.items()
-        }
-        self._counters = {name: Counter(_PREFIX + name, what, labels) for name, (labels, what) in _COUNTERS.items()}
-        self._counted: dict[tuple[str, ...], float] = {}
+    def collect(self) -> Iterator[Any]:
+        """The families of metrics, for ``CollectorRegistry``."""
+        # Here: SGLang has to say first where several processes keep theirs.
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-    @classmethod
-    def served(cls) -> "Metrics | None":
-        """None where SGLang serves no metrics."""
-        return cls() if "PROMETHEUS_MULTIPROC_DIR" in os.environ else None
-
-    def show(self, status: dict[str, Any]) -> None:
-        """A status as ``GET /draft/status`` gives it; what it does not know keeps its last value."""
-        for name, value in _gauged(status):
-            if value is not None:
-                self._gauges[name].set(value)
-        for key, value in _counted(status):
-            name, *labels = key
-            more = value - self._counted.get(key, 0)
-            if more > 0:  # a trainer that started anew may know of fewer
-                counter = self._counters[name]
-                (counter.labels(*labels) if labels else counter).inc(more)
-                self._counted[key] = value
+        if self.status is None:
+            return
+        gauges, counters = _gauges(self.status), _counters(self.status)
+        for name, what in _GAUGES.items():
+            if (value := gauges[name]) is not None:
+                yield GaugeMetricFamily(_PREFIX + name, what, value)
+        for name, (label, what) in _COUNTERS.items():
+            family = CounterMetricFamily(_PREFIX + name, what, labels=[label] if label else [])
+            for told, value in counters[name].items():
+                family.add_metric([told] if label else [], value)
+            yield family
 
 
-def _gauged(status: dict[str, Any]) -> Iterator[tuple[str, float | None]]:
-    active = status["draft"]["active_version"]
-    yield "active_version", active
-    yield "drafting", status["draft"]["drafting"]["depth"] == "on"
-    yield "break_even_acceptance_length", status["draft"]["drafting"]["break_even_length"]
-    yield "moved_slices", len(status["draft"]["drift"]["moved"])
-    yield "acceptance_length", status["acceptance_by_version"].get(str(active), {}).get("length")
-    yield "held_out_acceptance_length", status["trainer"]["held_out_acceptance_length"]
-    yield "draft_vocabulary_coverage", status["trainer"]["vocabulary"]["coverage"]
-    yield "trainer_step", status["trainer"]["step"]
-    yield "trainer_silent_seconds", status["trainer"]["silent_s"]
+def _gauges(status: dict[str, Any]) -> dict[str, float | None]:
+    draft, trainer = status["draft"], status["trainer"]
+    active = draft["active_version"]
+    return {
+        "active_version": active,
+        "acceptance_length": status["acceptance_by_version"].get(str(active), {}).get("length"),
+        "held_out_acceptance_length": trainer["held_out_acceptance_length"],
+        "draft_vocabulary_coverage": trainer["vocabulary"]["coverage"],
+        "drafting": draft["drafting"]["depth"] == "on",
+        "break_even_acceptance_length": draft["drafting"]["break_even_length"],
+        "moved_slices": len(draft["drift"]["moved"]),
+        "trainer_step": trainer["step"],
+        "trainer_silent_seconds": trainer["silent_s"],
+    }
 
 
-def _counted(status: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], float]]:
-    yield ("swaps",), status["draft"]["swaps"]
-    for version, seen in status["acceptance_by_version"].items():
-        yield ("verifications", version), seen["passes"]
-        yield ("committed_tokens", version), seen["tokens"]
-    yield ("captured_tokens",), status["tokens"]["captured"]
-    yield ("trained_tokens",), status["tokens"]["trained"]
-    for reason, tokens in status["tokens"]["dropped"].items():
-        yield ("dropped_tokens", reason), tokens
-    yield ("unspilled_blocks",), status["trainer"]["prefixes"]["unspilled_blocks"]
+def _counters(status: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """By label, which is none of most."""
+    tokens = status["tokens"]
+    return {
+        "swaps": {"": status["draft"]["swaps"]},
+        **_verified("", status["acceptance_by_version"]),
+        **_verified("slice_", status["acceptance_by_slice"]),
+        "captured_tokens": {"": tokens["captured"]},
+        "trained_tokens": {"": tokens["trained"]},
+        "dropped_tokens": tokens["dropped"],
+        "unspilled_blocks": {"": status["trainer"]["prefixes"]["unspilled_blocks"]},
+    }
+
+
+def _verified(prefix: str, acceptance: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
+    return {
+        f"{prefix}verifications": {label: seen["passes"] for label, seen in acceptance.items()},
+        f"{prefix}committed_tokens": {label: seen["tokens"] for label, seen in acceptance.items()},
+    }

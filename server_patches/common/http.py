@@ -43,6 +43,16 @@ def _guarded(router: APIRouter) -> APIRouter:
     return router
 
 
+def serve_our_series(result: None, app: FastAPI) -> None:
+    """AFTER ``http_server.add_prometheus_middleware``: what it serves at ``/metrics``, and ours."""
+    from prometheus_client import CollectorRegistry, make_asgi_app, multiprocess
+
+    registry = CollectorRegistry()  # SGLang's own is out of reach
+    multiprocess.MultiProcessCollector(registry)
+    registry.register(app.state.draft_training.metrics)
+    app.routes[-1].app = make_asgi_app(registry=registry)
+
+
 def let_the_trainer_save(*args: Any, **kwargs: Any) -> None:
     """BEFORE ``kill_process_tree``, wherever SGLang calls it. The tokenizer manager does for a server that was told to
     end (SIGTERM) and has answered every request: it kills its children, the trainer among them. One that breaks down

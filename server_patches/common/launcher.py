@@ -19,6 +19,7 @@ def apply_run_hooks() -> None:
 
     HookRegistry.register(f"{MANAGER}.generate_request", consent.take_headers, HookType.BEFORE)
     HookRegistry.register(f"{HTTP}.launch_server", http.launch_with_draft_training, HookType.AROUND)
+    HookRegistry.register(f"{HTTP}.add_prometheus_middleware", http.serve_our_series, HookType.AFTER)
     HookRegistry.register(KILL, http.let_the_trainer_save, HookType.BEFORE)
     for name in UPDATES:
         HookRegistry.register(f"{MANAGER}.{name}", fixed_target.refusal_of(name), HookType.AROUND)

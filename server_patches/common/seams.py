@@ -36,6 +36,7 @@ COMMON: tuple[Seam, ...] = (
     Target("sglang.srt.server_args.ServerArgs.from_cli_args", ("args",), "BEFORE: a run, or nothing"),
     Target("sglang.srt.configs.model_config._get_and_verify_dtype", ("config", "dtype"), "called: the served dtype"),
     Target(f"{HTTP}.launch_server", ("server_args",), "AROUND: routes, control service and trainer"),
+    Target(f"{HTTP}.add_prometheus_middleware", ("app",), "AFTER: our series in /metrics"),
     Target("sglang.srt.utils.auth.auth_level", ("level",), "called: whose key our routes want"),
     Members("sglang.srt.utils.auth.AuthLevel", ("ADMIN_OPTIONAL",), "likewise"),
     Target(f"{MANAGER}.generate_request", ("self", "obj", "request"), "BEFORE: what headers say of a request"),

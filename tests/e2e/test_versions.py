@@ -281,6 +281,7 @@ def test_prometheus_has_series_by_version(client, drafts):
     assert found["sglang_specforge:active_version"] == version
     assert found["sglang_specforge:acceptance_length"] >= 1
     assert found["sglang_specforge:swaps_total"] >= 1
+    assert "sglang:num_running_reqs" in client.get("/metrics").text
 
 
 def test_a_fall_of_acceptance_with_the_draft_unchanged_is_drift_of_the_slice_that_fell(client, drafts):

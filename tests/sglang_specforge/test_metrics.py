@@ -1,0 +1,67 @@
+"""What a scrape shows of a status."""
+
+from prometheus_client import CollectorRegistry, generate_latest
+
+from sglang_specforge.metrics import Metrics
+
+
+def status(versions=(), slices=(), active=0, **trainer):
+    counts = {"passes": 10, "tokens": 25, "length": 2.5}
+    return {
+        "draft": {
+            "active_version": active, "swaps": 3, "drift": {"moved": {}},
+            "drafting": {"depth": "on", "break_even_length": None},
+        },
+        "acceptance_by_version": {str(version): counts for version in versions},
+        "acceptance_by_slice": dict.fromkeys(slices, counts),
+        "tokens": {"captured": 7, "trained": 5, "dropped": {"late": 2}},
+        "trainer": {
+            "held_out_acceptance_length": None, "vocabulary": {"coverage": None}, "step": 4, "silent_s": None,
+            "prefixes": {"unspilled_blocks": 0}, **trainer,
+        },
+    }  # fmt: skip
+
+
+def scrape(metrics):
+    registry = CollectorRegistry()
+    registry.register(metrics)
+    lines = generate_latest(registry).decode().splitlines()
+    samples = (line.removeprefix("sglang_specforge:").rsplit(" ", 1) for line in lines if line[0] != "#")
+    return {name: float(value) for name, value in samples}
+
+
+def test_before_the_first_status_there_is_nothing():
+    assert scrape(Metrics()) == {}
+
+
+def test_counts_are_told_by_version_and_by_slice():
+    metrics = Metrics()
+    metrics.status = status(versions=[4, 5], slices=['a "quoted" one'], active=5)
+    found = scrape(metrics)
+    assert found['verifications_total{version="4"}'] == found['verifications_total{version="5"}'] == 10
+    assert found['committed_tokens_total{version="5"}'] == 25
+    assert found['slice_verifications_total{slice="a \\"quoted\\" one"}'] == 10
+    assert found['dropped_tokens_total{reason="late"}'] == 2
+    assert (found["active_version"], found["acceptance_length"], found["drafting"]) == (5, 2.5, 1)
+
+
+def test_versions_and_slices_that_the_status_forgot_have_no_series():
+    metrics = Metrics()
+    for first in range(1000):  # as of months
+        metrics.status = status(versions=range(first, first + 32), slices=[f"of day {first}"])
+        scrape(metrics)
+    found = scrape(metrics)
+    assert sum(name.startswith("verifications_total") for name in found) == 32
+    assert [name for name in found if name.startswith("slice_verifications")] == [
+        'slice_verifications_total{slice="of day 999"}'
+    ]
+
+
+def test_what_is_not_known_has_no_sample():
+    metrics = Metrics()
+    metrics.status = status(active=3)
+    found = scrape(metrics)
+    assert {"acceptance_length", "held_out_acceptance_length", "trainer_silent_seconds"}.isdisjoint(found)
+    metrics.status = status(versions=[3], active=3, silent_s=0.5)
+    found = scrape(metrics)
+    assert (found["acceptance_length"], found["trainer_silent_seconds"]) == (2.5, 0.5)
