@@ -16,7 +16,7 @@ from rich.console import Console
 
 from sglang_specforge.settings import Run
 
-Url = Annotated[str, typer.Option(help="Address of the server.")]
+Url = Annotated[str, typer.Option("--url", "--server", help="Address of the server.")]
 ApiKey = Annotated[
     str | None,
     typer.Option(envvar="SGLANG_API_KEY", help="The server's --admin-api-key, or its --api-key where that is alone."),

@@ -34,7 +34,11 @@ def start(
     b: Annotated[list[str], typer.Option(help="Another arm; may be repeated.")] = ...,
     url: Annotated[
         list[str],
-        typer.Option(help="Address of the server. Repeated: servers that show the arms side by side, led from here."),
+        typer.Option(
+            "--url",
+            "--server",
+            help="Address of the server. Repeated: servers that show the arms side by side, led from here.",
+        ),
     ] = (DEFAULT_URL,),
     api_key: ApiKey = None,
     window_s: Annotated[float, typer.Option(help="Shortest turn of an arm, in seconds.")] = 5.0,

@@ -113,7 +113,7 @@ class Preparation:
         self._seen: set[str] = set()
         self._written = self._tokens = self._learnt = self._rows = 0
 
-    def sequences(self, rows: Iterable[Row], limit: int | None, workers: int) -> Iterator[Prepared]:
+    def sequences(self, rows: Iterable[Row | Skipped], limit: int | None, workers: int) -> Iterator[Prepared]:
         for row in _in_order(self._make, rows, workers):
             kept = [made for made in row if self._keep(made)]
             self._rows += bool(kept)
@@ -147,7 +147,9 @@ class Preparation:
             return True
         return False
 
-    def _make(self, row: Row) -> list[Prepared | Skipped]:
+    def _make(self, row: Row | Skipped) -> list[Prepared | Skipped]:
+        if isinstance(row, Skipped):
+            return [row]
         try:
             return [self._checked(found, row.slice) for found in self._encode(row)]
         except Skipped as reason:

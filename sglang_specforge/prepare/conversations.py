@@ -1,6 +1,7 @@
 """Rows of a dataset as conversations, whatever their layout."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -16,7 +17,9 @@ _ROLES = {
     "tool": "tool",
 }  # fmt: skip
 _READ_BY_TEMPLATES = ("tool_calls", "tool_call_id", "name", "reasoning_content", "thinking")
-_BUILDERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".txt": "text"}
+_BUILDERS = {".json": "json", ".parquet": "parquet", ".txt": "text"}
+_ACCEPTED = (".jsonl", *_BUILDERS)
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 class Skipped(ValueError):
@@ -52,8 +55,8 @@ class Conversation(NamedTuple):
         return self._replace(messages=self.messages[:end])
 
 
-def read_rows(source: str, split: str) -> Iterator[Row]:
-    """Rows of a local file (by its suffix) or of a Hugging Face dataset, streamed.
+def read_rows(source: str, split: str) -> Iterator[Row | Skipped]:
+    """Rows of a local file (by its suffix) or a Hugging Face dataset, streamed; ``Skipped`` for lines that are no JSON.
 
     Raises:
         FileNotFoundError: ``source`` looks like a file and is not there.
@@ -61,20 +64,46 @@ def read_rows(source: str, split: str) -> Iterator[Row]:
     """
     path = Path(source)
     if path.is_file():
-        if path.suffix not in _BUILDERS:
-            raise ValueError(f"{source}: {path.suffix or 'no suffix'} is not read; accepted are {', '.join(_BUILDERS)}")
-        given = {"path": _BUILDERS[path.suffix], "data_files": source, "split": "train"}
-    elif path.suffix in _BUILDERS:
+        if path.suffix not in _ACCEPTED:
+            raise ValueError(f"{source}: {path.suffix or 'no suffix'} is not read; accepted are {', '.join(_ACCEPTED)}")
+    elif path.suffix in _ACCEPTED:
         raise FileNotFoundError(f"{source} is not there")
-    else:
-        given = {"path": source, "split": split}
     try:
-        for columns in _with_images_as_they_came(datasets.load_dataset(**given, streaming=True)):
-            yield Row(columns, str(columns.get("slice") or path.stem), path.parent)
+        for columns in _json_lines(path) if path.suffix == ".jsonl" else _streamed(source, split):
+            if isinstance(columns, Skipped):
+                yield columns
+            else:
+                yield Row(columns, str(columns.get("slice") or path.stem), path.parent)
     except StopIteration:  # what datasets makes of a file without rows
         return
     except (ValueError, OSError) as error:
         raise ValueError(f"{source} cannot be read: {error}; mend it, or leave it out") from error
+
+
+def _json_lines(file: Path) -> Iterator[dict[str, Any] | Skipped]:
+    """A line by itself, where Arrow would give up a file for one that is broken or has columns of other types."""
+    with file.open("rb") as lines:
+        for line in lines:
+            if not line.strip():
+                continue
+            try:
+                columns = json.loads(line)
+                if _SURROGATE.search(line):
+                    json.dumps(columns, ensure_ascii=False).encode()
+                yield columns if isinstance(columns, dict) else Skipped("no object")
+            except UnicodeError:
+                yield Skipped("not Unicode")
+            except ValueError:
+                yield Skipped("no JSON")
+
+
+def _streamed(source: str, split: str) -> datasets.IterableDataset:
+    path = Path(source)
+    if path.is_file():
+        given = {"path": _BUILDERS[path.suffix], "data_files": source, "split": "train"}
+    else:
+        given = {"path": source, "split": split}
+    return _with_images_as_they_came(datasets.load_dataset(**given, streaming=True))
 
 
 def _with_images_as_they_came(rows: datasets.IterableDataset) -> datasets.IterableDataset:

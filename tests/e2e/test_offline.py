@@ -45,7 +45,7 @@ def make_dataset(client, folder, conversations):
         folder / "data.parquet",
         "--out",
         folder / "states",
-        "--url",
+        "--server",
         url,
     )
     assert "in all" in run_module(*command, "--estimate")

@@ -184,7 +184,7 @@ def test_a_file_that_is_not_there_and_one_of_another_kind_are_named(tmp_path):
     ("text", "said"),
     [
         ("", "no sequence is left to write: there were no rows"),
-        ("not json\n", "rows.jsonl cannot be read: JSON parse error"),
+        ("not json\n", "no sequence is left to write: 1 rows no JSON"),
         ('{"text": "a"}\n', "no sequence is left to write: 1 rows shorter than 8 tokens"),
     ],
 )
@@ -195,6 +195,34 @@ def test_a_file_that_gives_nothing_is_named_and_leaves_nothing(tmp_path, text, s
     assert done.exit_code == 2
     assert said in done.output
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_broken_line_is_skipped_alone(tmp_path, tokenizer):
+    lines = [
+        json.dumps({"messages": MESSAGES}).encode(),
+        b'{"messages": [',
+        b"[1]",
+        b'{"text": "\\ud83d"}',
+        b'{"a": "\xff"}',
+        b"",
+    ]
+    lines.append(json.dumps({"text": "\U0001f600 an emoji and its \\u escape", "messages": None}).encode())
+    (tmp_path / "rows.jsonl").write_bytes(b"\n".join(lines))
+    command = ["prepare-data", tmp_path / "rows.jsonl", "--out", tmp_path / "out.parquet", "--tokenizer", TOKENIZER]
+    done = CliRunner().invoke(app, [str(part) for part in command])
+    assert done.exit_code == 0, done.output
+    for reason in ("1: no JSON", "1: no object", "2: not Unicode"):
+        assert reason in done.output
+    assert len(PreparedFile(tmp_path / "out.parquet")) == 2
+
+
+@pytest.mark.parametrize(("name", "text"), [("rows.json", '[{"a": '), ("rows.parquet", "no")])
+def test_a_file_of_another_kind_that_cannot_be_read_is_named(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    command = ["prepare-data", str(tmp_path / name), "--out", str(tmp_path / "o"), "--tokenizer", str(TOKENIZER)]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 2
+    assert f"{name} cannot be read" in done.output
 
 
 def test_a_tokenizer_that_is_not_there_and_bounds_that_leave_nothing_are_refused(tmp_path):
