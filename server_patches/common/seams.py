@@ -31,6 +31,12 @@ UPDATES = {
     "update_weights_from_ipc": 2,
 }
 
+_OPENAI = "sglang.srt.entrypoints.openai"
+OPENAI_ANSWERS = (
+    f"{_OPENAI}.serving_chat.OpenAIServingChat._build_chat_response",
+    f"{_OPENAI}.serving_completions.OpenAIServingCompletion._build_completion_response",
+)
+
 COMMON: tuple[Seam, ...] = (
     Target("sglang.srt.server_args.ServerArgs.add_cli_args", ("parser",), "AFTER: the flags"),
     Target("sglang.srt.server_args.ServerArgs.from_cli_args", ("args",), "BEFORE: a run, or nothing"),
@@ -44,6 +50,7 @@ COMMON: tuple[Seam, ...] = (
     Target(f"{MANAGER}.get_internal_state", ("self",), "called: what the ranks say"),
     Symbol(KILL, "BEFORE: the trainer saves"),
     Members(MANAGER, ("gracefully_exit",), "read: likewise"),
+    *(Target(path, ("self", "request", "ret"), f"AFTER: {ANSWERS}") for path in OPENAI_ANSWERS),
     *(Target(f"{MANAGER}.{name}", ("self", "obj"), "AROUND: refused, the target is fixed") for name in UPDATES),
     Target(f"{WORKER}.__init__", ("self", "server_args", "target_worker"), "AFTER: exporter and bank"),
     Target(f"{WORKER}.verify", ("self", "batch"), "AFTER: captures accepted tokens, counts acceptance"),

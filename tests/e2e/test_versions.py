@@ -225,6 +225,10 @@ def test_output_is_the_target_s_through_200_swaps_and_a_rollback(client, drafts,
     assert served_by[:4] in (versions[::-1] * 2, versions * 2)
     assert client.generate(prompts(1)[0])["meta_info"]["draft_versions"] == [versions[0]]
     assert client.generate(prompts(1)[0], 1)["meta_info"]["draft_versions"] == []
+    for path, asked in (("chat/completions", {"messages": [{"role": "user", "content": "hi"}]}),
+                        ("completions", {"prompt": "hi"})):  # fmt: skip
+        answer = client.post(f"/v1/{path}", json={"model": "default", "max_tokens": 24, "n": 2, **asked}).json()
+        assert answer["metadata"]["draft_versions"] == [versions[0]]
 
 
 def test_another_trainers_draft_is_swapped_into_a_running_server(client, drafts, tmp_path):
