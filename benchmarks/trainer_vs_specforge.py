@@ -1,9 +1,9 @@
-"""One training step, ours against SpecForge 0.2.0's ``OnlineEagle3Model``: the same weights, the same data, in turns.
+"""One training step, ours against SpecForge 0.2.0's ``OnlineEagle3Model``: the same weights, the same data, in turns::
 
-The peer pins other versions of torch and sglang, so it is installed beside the environment, without dependencies::
-
-    pip install --no-deps --target benchmarks/.peer specforge==0.2.0
     python benchmarks/trainer_vs_specforge.py [--quick] [--device cuda] [--dtype bfloat16] [--no-compile] [--json FILE]
+
+The peer pins other versions of torch and sglang, so it is no extra of ours: pip puts it, without dependencies, beside
+the environment, into ``benchmarks/.peer``.
 
 The peer runs its ``sdpa`` attention and its compact teacher (from hidden states, as ours). Its fused loss is a Triton
 kernel; where that can't run (on a CPU), its own reference of it takes its place. The peer compiles that reference, its
@@ -16,6 +16,7 @@ are the relative differences from the peer's.
 """
 
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from typing import Annotated, Any, Literal
 import torch
 import transformers
 import typer
-from measuring import JsonFile, Quick, must_exist, peak_bytes, save_record
+from measuring import JsonFile, Quick, peak_bytes, save_record
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -41,7 +42,7 @@ from trainer.loss import FrozenTarget, Goal, unroll
 from trainer.rows import Rows
 from trainer.sample import Sample, count_rows, fields_of, pack
 
-PEER = Path(__file__).parent / ".peer"
+PEER, PEER_WHEEL = Path(__file__).parent / ".peer", "specforge==0.2.0"
 DECAY = 0.8
 _PRODUCTS = {"aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm"}
 
@@ -264,7 +265,8 @@ def main(
     compiles: Annotated[bool, typer.Option("--compile/--no-compile", help="torch.compile our step's parts.")] = True,
     json_file: JsonFile = None,
 ) -> None:
-    must_exist(PEER, f"pip install --no-deps --target {PEER} specforge==0.2.0")
+    if not PEER.exists():
+        subprocess.run([sys.executable, "-m", "pip", "install", "--no-deps", "--target", PEER, PEER_WHEEL], check=True)
     sys.path.insert(0, str(PEER))
     torch.set_default_device(device)
     torch.set_default_dtype(getattr(torch, dtype or ("float32" if device == "cpu" else "bfloat16")))
