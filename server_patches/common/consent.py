@@ -14,10 +14,12 @@ def take_headers(manager: Any, obj: Any, request: Any = None, *args: Any, **kwar
     """BEFORE ``TokenizerManager.generate_request(obj, request)``, which all HTTP routes come to.
 
     Raises:
-        ValueError: the header says neither true nor false; SGLang answers 400.
+        ValueError: a header or the body says neither true nor false, or a label that is no text; SGLang answers 400.
     """
     said = _said(request.headers) if request is not None else {}
     adapter, sampling = getattr(obj, "lora_path", None), getattr(obj, "sampling_params", None) or {}
+    for one in sampling if isinstance(sampling, list) else [sampling]:
+        _check(_own(one))
     if not said and not adapter:
         return
     if isinstance(adapter, list) and isinstance(sampling, dict):
@@ -31,7 +33,8 @@ def take_headers(manager: Any, obj: Any, request: Any = None, *args: Any, **kwar
 
 def asked(req: Any) -> dict[str, Any]:
     """Of a scheduler's ``Req``."""
-    return req.sampling_params.custom_params or {}
+    own = req.sampling_params.custom_params
+    return own if isinstance(own, dict) else {}
 
 
 def _said(headers: Any) -> dict[str, Any]:
@@ -41,13 +44,34 @@ def _said(headers: Any) -> dict[str, Any]:
             raise ValueError(f"header {OPT_HEADER}: {answer!r} is not accepted; give true or false")
         said[OPT_KEY] = _ANSWERS[answer.strip().lower()]
     if (label := headers.get(SLICE_HEADER)) is not None:
-        said[SLICE_KEY] = label
+        said[SLICE_KEY] = _decoded(label)
     return said
+
+
+def _decoded(value: str) -> str:
+    """Starlette takes every header for Latin-1; so a label in UTF-8 would be another one than in a body."""
+    try:
+        return value.encode("latin-1").decode()
+    except UnicodeError:
+        return value
+
+
+def _own(sampling: Any) -> dict[str, Any]:
+    """What the body says; nothing where it is not of a kind that says anything."""
+    own = sampling.get("custom_params") if isinstance(sampling, dict) else None
+    return own if isinstance(own, dict) else {}
+
+
+def _check(own: dict[str, Any]) -> None:
+    """Whoever wrote ``"false"`` did not mean to be captured."""
+    for key, kind, accepted in ((OPT_KEY, bool, "true or false"), (SLICE_KEY, str, "text")):
+        if not isinstance(value := own.get(key), kind | None):
+            raise ValueError(f"custom_params {key}: {value!r} is not accepted; give {accepted}")
 
 
 def _with(sampling: dict[str, Any], said: dict[str, Any], adapter: str | None) -> dict[str, Any]:
     """A no in the body stands, whatever the header says."""
-    own = sampling.get("custom_params") or {}
+    own = _own(sampling)
     refused = {OPT_KEY: False} if own.get(OPT_KEY) is False else {}
     label = {SLICE_KEY: f"adapter:{adapter}"} if adapter else {}
     return {**sampling, "custom_params": {**label, **own, **said, **refused}}

@@ -108,7 +108,7 @@ class _Served:
         self.rid, self.alias, self._req = req.rid, run.alias(req.rid), req
         self.prompt_tokens, self.cached_tokens = len(req.origin_input_ids), req.cached_tokens
         self.prompt = images.prompt(req) if run.disaggregation == "decode" else ()
-        label = str(said.get(SLICE_KEY, ""))
+        label = said.get(SLICE_KEY) or ""
         self.slice = label[:_LONGEST_SLICE]
         self.is_counted, self.refusal = True, None
         if req.rid.startswith(HEALTH_CHECK_RID_PREFIX):

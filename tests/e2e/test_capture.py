@@ -87,7 +87,7 @@ def test_a_sample_of_the_requests_is_captured_whole(start):
 
 
 def test_only_requests_that_say_so_and_of_no_denied_slice_are_captured_where_the_operator_wants_that(start):
-    limits = {"capture-opt-in": "true", "capture-deny": "internal,medical"}
+    limits = {"capture-opt-in": "true", "capture-deny": "internal,médical"}
     client = start("--dtype", "float32", training={"trainer": "none", **limits})
     socket = zmq.Context.instance().socket(zmq.PULL)
     socket.bind(client.status()["spans_endpoint"])
@@ -99,9 +99,12 @@ def test_only_requests_that_say_so_and_of_no_denied_slice_are_captured_where_the
         header = {"X-Draft-Training": "true"}
         for route, body in (("/generate", {"text": ["a", "b"]}), ("/v1/completions", {"model": "m", "prompt": "c"})):
             assert client.post(route, json=body, headers=header).status_code == 200
-        labelled = {**header, "X-Draft-Slice": "medical"}
+        labelled = {**header, "X-Draft-Slice": "médical".encode()}
         assert client.post("/generate", json={"text": ["d", "e"]}, headers=labelled).status_code == 200
         client.generate("f", custom_params={"draft_training": True, "draft_slice": "internal"})
+    for body in ({"draft_training": "false"}, {"draft_slice": ["internal"]}):
+        answer = client.post("/generate", json={"text": "g", "sampling_params": {"custom_params": body}})
+        assert (answer.status_code, "is not accepted; give " in answer.text) == (400, True)
     requests = requests_of(client)
     assert requests["captured"] == before["captured"] + 3 * 4
     assert requests["left_out"]["denied"] == 3 * 3

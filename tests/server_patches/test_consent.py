@@ -38,6 +38,12 @@ def test_every_request_of_a_batch_gets_what_its_header_says():
     assert sampling_after({"x-draft-slice": "code"}, None) == {"custom_params": {SLICE_KEY: "code"}}
 
 
+@pytest.mark.parametrize("sent", ["santé".encode(), "santé".encode("latin-1")])
+def test_a_label_is_the_same_in_a_header_as_in_a_body(sent):
+    received = sent.decode("latin-1")  # as Starlette gives it
+    assert sampling_after({"x-draft-slice": received}, {})["custom_params"] == {SLICE_KEY: "santé"}
+
+
 def test_without_a_header_nothing_is_touched():
     given = {"temperature": 0}
     assert sampling_after({}, given) is given
@@ -63,3 +69,24 @@ def test_each_request_of_a_batch_is_labelled_with_its_own_adapter():
 def test_any_other_answer_is_refused_by_name():
     with pytest.raises(ValueError, match="'perhaps' is not accepted; give true or false"):
         sampling_after({"x-draft-training": "perhaps"}, {})
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({OPT_KEY: "false"}, "draft_training: 'false' is not accepted; give true or false"),
+        ({OPT_KEY: 0}, "draft_training: 0 is not accepted"),
+        ({SLICE_KEY: ["code"]}, "draft_slice: .* is not accepted; give text"),
+        ({SLICE_KEY: 5}, "draft_slice: 5 is not accepted"),
+    ],
+)
+def test_a_body_that_says_something_else_is_refused_by_name_in_a_batch_too(own, message):
+    for sampling in ({"custom_params": own}, [{}, {"custom_params": own}]):
+        with pytest.raises(ValueError, match=message):
+            sampling_after({}, sampling)
+
+
+@pytest.mark.parametrize("own", [[1], "text", 5, {OPT_KEY: None, SLICE_KEY: None}])
+def test_a_body_that_says_nothing_is_let_through(own):
+    assert sampling_after({}, {"custom_params": own}) == {"custom_params": own}
+    assert sampling_after({"x-draft-slice": "code"}, {"custom_params": own})["custom_params"][SLICE_KEY] == "code"
