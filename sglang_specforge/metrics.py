@@ -28,6 +28,7 @@ _COUNTERS = {
     "captured_tokens": ("", "Tokens whose states were captured."),
     "trained_tokens": ("", "Captured tokens that were trained on."),
     "dropped_tokens": ("reason", "Captured tokens that were dropped."),
+    "skipped_steps": ("", "Optimizer steps that changed nothing, as their gradients were not finite."),
     "unspilled_blocks": ("", "Blocks of the prefix store that the disk did not take or give back."),
 }
 
@@ -82,6 +83,7 @@ def _counters(status: dict[str, Any]) -> dict[str, dict[str, float]]:
         "captured_tokens": {"": tokens["captured"]},
         "trained_tokens": {"": tokens["trained"]},
         "dropped_tokens": tokens["dropped"],
+        "skipped_steps": {"": status["trainer"]["skipped_steps"]},
         "unspilled_blocks": {"": status["trainer"]["prefixes"]["unspilled_blocks"]},
     }
 

@@ -36,7 +36,7 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
         ("  buffered", f"{tokens['buffered']:,}"),
         ("  in flight", f"{tokens['in_flight']:,}"),
         ("  dropped", ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()) or "0"),
-        ("trainer", f"{trainer['state']}, step {trainer['step']}, loss {_number(trainer['loss'])}"),
+        ("trainer", f"{trainer['state']}, step {trainer['step']}, loss {_number(trainer['loss'])}{_skipped(trainer)}"),
         ("  held-out acceptance", _number(trainer["held_out_acceptance_length"])),
         (
             "  trains on",
@@ -102,6 +102,11 @@ def _vocabulary(found: dict[str, Any]) -> str:
         return "-"
     anew = f"; chosen anew {found['chosen']} times" if found["chosen"] else ""
     return f"{found['tokens']:,} tokens hold {found['coverage']:.1%} of {found['counted']:,} trained on{anew}"
+
+
+def _skipped(trainer: dict[str, Any]) -> str:
+    steps = trainer["skipped_steps"]
+    return f", {steps:,} steps changed nothing (gradients not finite)" if steps else ""
 
 
 def _number(value: float | None) -> str:

@@ -4,9 +4,11 @@ What the server had cached of a request is put back from the prefix store, and w
 prompts that a prefill server computed; the decode server's samples are completed by them.
 
 A retracted request sends positions again: the newest wins. Positions beyond the request's end were computed
-but are no part of it. A hole (spans dropped on the server) ends a sample.
+but are no part of it. A hole (spans dropped on the server, or left out here as their states are not finite) ends a
+sample.
 """
 
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -23,6 +25,8 @@ from sglang_specforge.contracts.spans import Captured, Finished, Message, Span
 from trainer.prefix_store import PrefixStore
 from trainer.rows import Rows
 from trainer.sample import Sample, fields_of
+
+logger = logging.getLogger(__name__)
 
 _REMEMBERED_ENDS = 4096
 _MIN_TOKENS = 2  # a row needs the token after it
@@ -113,6 +117,11 @@ class Assembler:
             key = (message.stream, span.rid)
             if key in self._ended:
                 self._ledger.drop("past_finish", span.length)
+                continue
+            if not rows.are_finite():
+                if "not_finite" not in self._ledger.dropped:
+                    logger.warning("draft training: states of the target that are not finite are left out, and counted")
+                self._ledger.drop("not_finite", span.length)
                 continue
             if (request := self._open.get(key)) is None:
                 request = self._open[key] = _Open(span)

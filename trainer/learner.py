@@ -3,6 +3,8 @@
 Parameters are float32 under FSDP2; compute runs in the job's training dtype. Shapes: K steps of the training-time test.
 """
 
+import logging
+import math
 import pkgutil
 import time
 from dataclasses import dataclass
@@ -30,16 +32,19 @@ from trainer.sample import Sample, count_rows, fields_of, pack
 from trainer.share import gather
 from trainer.vocabulary import take_rows
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Trained:
     """One optimizer step, over all processes."""
 
     step: int  # steps taken so far, this one included
-    loss: float
-    grad_norm: float
+    loss: float | None  # None: it is not finite
+    grad_norm: float | None  # likewise, and the step changed nothing
     accuracy_K: list[float]  # of each step, the share of rows whose top choice is the target's
     tokens_by_rank: list[int]
+    skipped_steps: int = 0  # of this process's life, those that changed nothing
     mfu: float | None = None  # ``trainer.mfu``; None where the draft's products or the device's peak are not known
 
     @property
@@ -52,7 +57,7 @@ class Learner:
 
     def __init__(self, job: Job, device: torch.device) -> None:
         self._job, self._settings, self._device = job, job.settings, device
-        self.step = 0
+        self.step = self._skipped_steps = 0
         self.acceptance_K = [0.0] * job.settings.ttt_steps  # mean acceptance rates, for lk_lambda
         dtype = getattr(torch, job.training_dtype)
         self.config = load_config(job.version_path(0))
@@ -94,18 +99,24 @@ class Learner:
             sums = (found.loss.detach(), flops, found.correct_K, found.rate_K)
             told.append(torch.hstack([value.double() for value in sums]))
         norm = nn.utils.clip_grad_norm_(self.draft.parameters(), settings.grad_clip).full_tensor()
+        is_finite = bool(norm.isfinite())
         for optimizer in self.optimizers:
-            if norm.isfinite():
+            if is_finite:
                 optimizer.step()
             optimizer.zero_grad()
         self.step += 1
         loss, flops, *sums = self._summed(torch.stack(told).sum(0))
         shares = [s / max(1, rows) for s, rows in zip(sums, 2 * rows_K, strict=True)]
-        accuracy_K, self.acceptance_K = shares[: settings.ttt_steps], shares[settings.ttt_steps :]
+        accuracy_K, acceptance_K = shares[: settings.ttt_steps], shares[settings.ttt_steps :]
+        if is_finite:
+            self.acceptance_K = acceptance_K
+        else:
+            self._note_skipped()
         mfu = None
         if self._peak_flops and flops:
             mfu = flops / (time.monotonic() - begun_s) / (self._peak_flops * dist.get_world_size())
-        return Trained(self.step, loss, norm.item(), accuracy_K, tokens_by_rank, mfu)
+        finite = [value if math.isfinite(value) else None for value in (loss, norm.item())]
+        return Trained(self.step, *finite, accuracy_K, tokens_by_rank, self._skipped_steps, mfu)
 
     def simulate(self, passes: list[list[Sample]], checkpoint: Path | None = None) -> list[tuple[str, Simulated]]:
         """Greedy acceptance of the server's speculation: slice and result of each of this process's samples and all
@@ -149,6 +160,15 @@ class Learner:
         dtype = getattr(torch, self._job.served_dtype)
         tensors = get_model_state_dict(self.draft, options=options)
         return {n: t.to(dtype).contiguous() if t.is_floating_point() else t for n, t in tensors.items()}
+
+    def _note_skipped(self) -> None:
+        self._skipped_steps += 1
+        if self._skipped_steps.bit_count() == 1:  # the first, and then ever fewer
+            logger.warning(
+                "draft training: %d steps changed nothing, as their gradients were not finite; the last one is step %d",
+                self._skipped_steps,
+                self.step,
+            )
 
     def _summed(self, values: list[int] | Tensor) -> list[float]:
         """Over all processes."""

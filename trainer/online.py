@@ -186,6 +186,7 @@ class OnlineSource:
             step=self._last.step if self._last else self._resumed_from_step,
             version=self._versions.newest() or 0,
             loss=self._last.loss if self._last else None,
+            skipped_steps=self._last.skipped_steps if self._last else 0,
             held_out_acceptance_length=self._held_out_acceptance_length,
             prefixes=self._prefixes.counts,
             staleness=self._replay.staleness,

@@ -36,6 +36,11 @@ class Rows(NamedTuple):
         """One after another, copied."""
         return cls(*map(torch.cat, zip(*parts, strict=True)))
 
+    def are_finite(self) -> bool:
+        """One look at each value; ``isfinite`` takes thirty times as long on a CPU."""
+        some = (t for t in (self.aux_N3H, self.last_NH, self.embeds_MH) if t.numel())
+        return all(bool(torch.stack(t.aminmax()).isfinite().all()) for t in some)
+
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self)

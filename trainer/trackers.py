@@ -32,7 +32,9 @@ class Trackers:
             metrics |= {f"tokens_rank_{rank}": tokens for rank, tokens in enumerate(result.tokens_by_rank)}
         if result.mfu is not None:
             metrics["mfu"] = result.mfu
-        self._write(result.step, metrics)
+        if result.skipped_steps:
+            metrics["skipped_steps"] = result.skipped_steps
+        self._write(result.step, {name: value for name, value in metrics.items() if value is not None})
 
     def log_version(self, version: int, step: int, evaluated: Evaluated) -> None:
         """Held-out acceptance: its length, its rate at each place, its length for each slice that has a name, and the

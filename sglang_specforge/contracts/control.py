@@ -65,7 +65,8 @@ class Heartbeat(msgspec.Struct, tag="heartbeat", kw_only=True):
     state: str = "starting"  # then waiting or training
     step: int = 0
     version: int = 0  # newest published one of the run folder
-    loss: float | None = None
+    loss: float | None = None  # of the last step; None: it was not finite
+    skipped_steps: int = 0  # that changed nothing, as their gradients were not finite
     held_out_acceptance_length: float | None = None  # predicted from held-out samples, greedy chain
     ledger: TokenLedger = msgspec.field(default_factory=TokenLedger)
     parity: Parity = msgspec.field(default_factory=Parity)

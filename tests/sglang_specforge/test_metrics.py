@@ -16,8 +16,8 @@ def status(versions=(), slices=(), active=0, **trainer):
         "acceptance_by_slice": dict.fromkeys(slices, counts),
         "tokens": {"captured": 7, "trained": 5, "dropped": {"late": 2}},
         "trainer": {
-            "held_out_acceptance_length": None, "vocabulary": {"coverage": None}, "step": 4, "silent_s": None,
-            "prefixes": {"unspilled_blocks": 0}, **trainer,
+            "held_out_acceptance_length": None, "vocabulary": {"coverage": None}, "step": 4, "skipped_steps": 0,
+            "silent_s": None, "prefixes": {"unspilled_blocks": 0}, **trainer,
         },
     }  # fmt: skip
 

@@ -1,10 +1,12 @@
 """Spans into samples: order, repeats, holes, ends, and an account of every token."""
 
+import pytest
 import torch
 
 from sglang_specforge.contracts.control import TokenLedger
 from sglang_specforge.contracts.spans import Captured, Finished, Span
 from trainer.assemble import Assembler
+from trainer.prefix_store import BLOCK, PrefixStore
 
 STREAM = "s"
 
@@ -93,6 +95,26 @@ def test_a_hole_ends_the_sample():
     (sample,) = finish(assembler, 9)
     assert len(sample) == 4
     assert ledger.dropped == {"gap": 3}
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("name", ["aux_N3H", "last_NH"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_that_are_not_finite_are_a_hole_and_stay_out_of_the_prefix_store(name, value, dtype):
+    ledger, prefixes = TokenLedger(), PrefixStore("t", 1 << 20)
+    assembler = Assembler(ledger, 1000, prefixes)
+    length, prompt = 2 * BLOCK, 3 * BLOCK
+    for start in (0, length, 2 * length):
+        tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in rows(start, length).items()}
+        if start == length:
+            tensors[name][7, 1] = value
+        assembler.add(Captured(STREAM, 0, 0, [Span("a", start, length, 0, prompt, 0, -1)], []), tensors)
+    (sample,) = finish(assembler, 3 * length)
+    assert (sample.start, len(sample)) == (0, length)
+    assert ledger.dropped == {"not_finite": length, "gap": length}
+    found = prefixes.restore(torch.arange(100, 100 + prompt))
+    assert found is None or len(found.rows.tokens_N) <= length
+    assert sample.rows.are_finite()
 
 
 def test_a_cached_prefix_is_where_the_sample_starts():

@@ -1,5 +1,6 @@
 """The training step and its checkpoints, under FSDP2 in one process as the trainer runs it."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,21 @@ def test_a_compiled_step_learns_the_same(run, objective, activation_checkpointin
         trained = [learner.train(passes) for _ in range(3)]
         found.append([number for t in trained for number in (t.loss, t.grad_norm, *t.accuracy_K)])
     assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+@pytest.mark.parametrize("objective", ["soft_ce", "lk_lambda"])
+def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_learns(run, objective):
+    settings = run.settings.model_copy(update={"objective": objective})
+    learner, good = Learner(run.model_copy(update={"settings": settings}), CPU), make_sample(24)
+    learner.train([[good]])
+    before = {name: tensor.clone() for name, tensor in learner.export().items()}
+    bad = learner.train([[make_sample(24, last_TH=torch.full((24, 16), torch.nan))], [good]])
+    assert (bad.step, bad.loss, bad.grad_norm, bad.skipped_steps) == (2, None, None, 1)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in learner.export().items())
+    after = learner.train([[good]])
+    assert math.isfinite(after.loss)
+    assert (after.step, after.skipped_steps) == (3, 1)
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in learner.export().items())
 
 
 def test_mfu_is_told_where_the_peak_of_the_device_is_known(run, monkeypatch):

@@ -51,6 +51,13 @@ def test_mfu_is_in_the_line_of_a_step_that_knows_it(tmp_path):
     assert lines(settings)[0]["mfu"] == 0.25
 
 
+def test_a_step_that_is_not_finite_is_a_line_of_json_without_its_loss(tmp_path):
+    trackers = Trackers(settings := TrainingSettings(run_dir=tmp_path), 0)
+    trackers.log(Trained(1, None, None, [0.5], [64], skipped_steps=1))
+    trackers.close()
+    assert lines(settings) == [{"step": 1, "tokens": 64, "accuracy_0": 0.5, "skipped_steps": 1}]
+
+
 def test_tensorboard_gets_the_same_numbers(tmp_path, monkeypatch):
     written = []
 

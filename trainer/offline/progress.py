@@ -26,7 +26,8 @@ class ProgressLine:
     def trained(self, result: Trained) -> None:
         self._tokens += result.tokens
         mfu = "" if result.mfu is None else f"  MFU {result.mfu:.0%}"
-        now = f"loss {result.loss:.3f}  {self._tokens_per_s():.0f} tokens/s{mfu}  {_memory()}"
+        loss = "-" if result.loss is None else f"{result.loss:.3f}"
+        now = f"loss {loss}  {self._tokens_per_s():.0f} tokens/s{mfu}  {_memory()}"
         self._bar.update(self._task, completed=result.step, now=now)
 
     def published(self, version: int, step: int, simulated: Simulated) -> None:
