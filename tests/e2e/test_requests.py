@@ -2,10 +2,13 @@
 
 import json
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from sglang_specforge.cli import app
@@ -175,3 +178,28 @@ def test_drafts_are_changed_by_whoever_may_control_the_server_and_nobody_else(st
     for command, code, said in commands:
         done = CliRunner().invoke(app, list(map(str, command)))
         assert (done.exit_code, said in done.output) == (code, True), done.output
+
+
+def test_states_that_are_not_finite_stay_out_and_the_trainer_goes_on(start, tmp_path):
+    target = tmp_path / "target"
+    shutil.copytree(TARGET, target)
+    tensors = load_file(target / "model.safetensors")
+    tensors["model.embed_tokens.weight"][(broken := 1000)] = torch.inf
+    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    client = start("--dtype", "float32", "--disable-radix-cache", model=target, training=TRAINING)
+
+    def answered_and_trained():
+        with ThreadPoolExecutor(4) as pool:
+            ill = pool.submit(client.generate, [*range(100, 110), broken, *range(110, 120)], 8)
+            list(pool.map(client.generate, prompts(12)))
+            ill.result()
+        status = client.status()
+        return status["trainer"]["step"] >= 10 and status["draft"]["swaps"] >= 1 and status
+
+    wait_for("steps and a version", answered_and_trained)
+    status = settled(client)
+    assert status["tokens"]["dropped"]["not_finite"] >= 21
+    assert status["trainer"]["skipped_steps"] == 0
+    assert status["trainer"]["loss"] is not None
+    assert status["trainer"]["parity"]["agreed"] == status["trainer"]["parity"]["compared"] > 0
+    assert_every_token_is_accounted_for(status)
