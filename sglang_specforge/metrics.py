@@ -1,7 +1,8 @@
 """Prometheus series beside ``sglang:*``, where SGLang serves those (``--enable-metrics``).
 
 They are made of the status whenever somebody scrapes, not kept in prometheus-client's files of several processes, from
-which no series can be removed: of versions and slices there are as many as the status has, however many come and go.
+which no series can be removed: of versions there are as many as the status has, however many come and go. Slices have
+none: what clients call them is for those with the key to ``/draft/status``, and SGLang serves metrics to anybody.
 """
 
 from collections.abc import Iterator
@@ -23,8 +24,6 @@ _COUNTERS = {
     "swaps": ("", "Times that draft weights were copied into service."),
     "verifications": ("version", "Verifications of a request, by draft version (the newest 32)."),
     "committed_tokens": ("version", "Tokens that they committed, bonus tokens included."),
-    "slice_verifications": ("slice", "Verifications of a request, by slice (the 32 served last)."),
-    "slice_committed_tokens": ("slice", "Tokens that they committed, bonus tokens included."),
     "captured_tokens": ("", "Tokens whose states were captured."),
     "trained_tokens": ("", "Captured tokens that were trained on."),
     "dropped_tokens": ("reason", "Captured tokens that were dropped."),
@@ -75,21 +74,14 @@ def _gauges(status: dict[str, Any]) -> dict[str, float | None]:
 
 def _counters(status: dict[str, Any]) -> dict[str, dict[str, float]]:
     """By label, which is none of most."""
-    tokens = status["tokens"]
+    tokens, by_version = status["tokens"], status["acceptance_by_version"]
     return {
         "swaps": {"": status["draft"]["swaps"]},
-        **_verified("", status["acceptance_by_version"]),
-        **_verified("slice_", status["acceptance_by_slice"]),
+        "verifications": {version: seen["passes"] for version, seen in by_version.items()},
+        "committed_tokens": {version: seen["tokens"] for version, seen in by_version.items()},
         "captured_tokens": {"": tokens["captured"]},
         "trained_tokens": {"": tokens["trained"]},
         "dropped_tokens": tokens["dropped"],
         "skipped_steps": {"": status["trainer"]["skipped_steps"]},
         "unspilled_blocks": {"": status["trainer"]["prefixes"]["unspilled_blocks"]},
-    }
-
-
-def _verified(prefix: str, acceptance: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
-    return {
-        f"{prefix}verifications": {label: seen["passes"] for label, seen in acceptance.items()},
-        f"{prefix}committed_tokens": {label: seen["tokens"] for label, seen in acceptance.items()},
     }

@@ -5,7 +5,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from sglang_specforge.metrics import Metrics
 
 
-def status(versions=(), slices=(), active=0, **trainer):
+def status(versions=(), active=0, **trainer):
     counts = {"passes": 10, "tokens": 25, "length": 2.5}
     return {
         "draft": {
@@ -13,7 +13,7 @@ def status(versions=(), slices=(), active=0, **trainer):
             "drafting": {"depth": "on", "break_even_length": None},
         },
         "acceptance_by_version": {str(version): counts for version in versions},
-        "acceptance_by_slice": dict.fromkeys(slices, counts),
+        "acceptance_by_slice": {"secret": counts},
         "tokens": {"captured": 7, "trained": 5, "dropped": {"late": 2}},
         "trainer": {
             "held_out_acceptance_length": None, "vocabulary": {"coverage": None}, "step": 4, "skipped_steps": 0,
@@ -34,27 +34,24 @@ def test_before_the_first_status_there_is_nothing():
     assert scrape(Metrics()) == {}
 
 
-def test_counts_are_told_by_version_and_by_slice():
+def test_counts_are_told_by_version_and_never_by_slice():
     metrics = Metrics()
-    metrics.status = status(versions=[4, 5], slices=['a "quoted" one'], active=5)
+    metrics.status = status(versions=[4, 5], active=5)
     found = scrape(metrics)
     assert found['verifications_total{version="4"}'] == found['verifications_total{version="5"}'] == 10
     assert found['committed_tokens_total{version="5"}'] == 25
-    assert found['slice_verifications_total{slice="a \\"quoted\\" one"}'] == 10
+    assert not any("secret" in name for name in found)  # anybody may read them
     assert found['dropped_tokens_total{reason="late"}'] == 2
     assert (found["active_version"], found["acceptance_length"], found["drafting"]) == (5, 2.5, 1)
 
 
-def test_versions_and_slices_that_the_status_forgot_have_no_series():
+def test_versions_that_the_status_forgot_have_no_series():
     metrics = Metrics()
     for first in range(1000):  # as of months
-        metrics.status = status(versions=range(first, first + 32), slices=[f"of day {first}"])
+        metrics.status = status(versions=range(first, first + 32))
         scrape(metrics)
     found = scrape(metrics)
     assert sum(name.startswith("verifications_total") for name in found) == 32
-    assert [name for name in found if name.startswith("slice_verifications")] == [
-        'slice_verifications_total{slice="of day 999"}'
-    ]
 
 
 def test_what_is_not_known_has_no_sample():
