@@ -44,9 +44,12 @@ def _guarded(router: APIRouter) -> APIRouter:
 
 
 def serve_our_series(result: None, app: FastAPI) -> None:
-    """AFTER ``http_server.add_prometheus_middleware``: what it serves at ``/metrics``, and ours."""
+    """AFTER ``http_server.add_prometheus_middleware``: what it serves at ``/metrics``, and ours; only where the
+    app has our service, as that of the first of several nodes."""
     from prometheus_client import CollectorRegistry, make_asgi_app, multiprocess
 
+    if not hasattr(app.state, "draft_training"):
+        return
     registry = CollectorRegistry()  # SGLang's own is out of reach
     multiprocess.MultiProcessCollector(registry)
     registry.register(app.state.draft_training.metrics)
