@@ -52,7 +52,8 @@ class ControlService:
         self._heartbeat = control.Heartbeat()
         self._heard_at: float | None = None
         self._announced: asyncio.Queue[control.VersionReady] = asyncio.Queue()
-        self._watch, self.metrics = Watch(self.swaps), Metrics()
+        self._watch, self.metrics = Watch(self.swaps), Metrics(self._last_status)
+        self._last_ranks: list[dict[str, Any]] | None = None  # as they were looked at last
         self._verdicts: dict[int, control.Verdict] = {}
         self._unreadable = 0
         self._lease, self._leases, self._leasing = Lease(run.way_file), 0, asyncio.Lock()
@@ -129,6 +130,9 @@ class ControlService:
     async def status(self) -> dict[str, Any]:
         """The answer of ``GET /draft/status``. Raises NotAttached."""
         return self._status_of(await self.swaps.ranks())
+
+    def _last_status(self) -> dict[str, Any] | None:
+        return None if self._last_ranks is None else self._status_of(self._last_ranks)
 
     def _status_of(self, ranks: list[dict[str, Any]]) -> dict[str, Any]:
         exports = [rank["export"] for rank in ranks if rank["export"]]
@@ -264,7 +268,7 @@ class ControlService:
                 await self.part.end_if_left()
                 ranks = await self.swaps.ranks()
                 await self._watch.look(ranks, drafting=self.drafting.is_on)
-                self.metrics.status = self._status_of(ranks)
+                self._last_ranks = ranks
             except NotAttached:  # said where the status is asked for
                 continue
             except Exception:  # it goes on looking

@@ -5,7 +5,7 @@ which no series can be removed: of versions there are as many as the status has,
 none: what clients call them is for those with the key to ``/draft/status``, and SGLang serves metrics to anybody.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 _PREFIX = "sglang_specforge:"
@@ -33,19 +33,23 @@ _COUNTERS = {
 
 
 class Metrics:
-    """A collector of prometheus-client's, in the HTTP process; what the status does not know has no sample."""
+    """A collector of prometheus-client's, in the HTTP process; what the status does not know has no sample.
 
-    def __init__(self) -> None:
-        self.status: dict[str, Any] | None = None  # the newest, as ``GET /draft/status`` gives it
+    Args:
+        status: gives the newest that is known, as ``GET /draft/status`` does.
+    """
+
+    def __init__(self, status: Callable[[], dict[str, Any] | None]) -> None:
+        self._status = status
 
     def collect(self) -> Iterator[Any]:
         """The families of metrics, for ``CollectorRegistry``."""
         # Here: SGLang has to say first where several processes keep theirs.
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-        if self.status is None:
+        if (status := self._status()) is None:
             return
-        gauges, counters = _gauges(self.status), _counters(self.status)
+        gauges, counters = _gauges(status), _counters(status)
         for name, what in _GAUGES.items():
             if (value := gauges[name]) is not None:
                 yield GaugeMetricFamily(_PREFIX + name, what, value)

@@ -34,7 +34,7 @@ class Trackers:
             metrics["mfu"] = result.mfu
         if result.skipped_steps:
             metrics["skipped_steps"] = result.skipped_steps
-        self._write(result.step, {name: value for name, value in metrics.items() if value is not None})
+        self._write(result.step, metrics)
 
     def log_version(self, version: int, step: int, evaluated: Evaluated) -> None:
         """Held-out acceptance: its length, its rate at each place, its length for each slice that has a name, and the
@@ -58,6 +58,8 @@ class Trackers:
             self._wandb.finish()
 
     def _write(self, step: int, metrics: dict[str, Any]) -> None:
+        """What is not known (None) is left out: of trackers, only JSON has a word for it."""
+        metrics = {name: value for name, value in metrics.items() if value is not None}
         self._lines.write(json.dumps({"step": step, **metrics}) + "\n")
         self._lines.flush()
         if self._board is not None:

@@ -19,7 +19,8 @@ def take_headers(manager: Any, obj: Any, request: Any = None, *args: Any, **kwar
     said = _said(request.headers) if request is not None else {}
     adapter, sampling = getattr(obj, "lora_path", None), getattr(obj, "sampling_params", None) or {}
     for one in sampling if isinstance(sampling, list) else [sampling]:
-        _check(_own(one))
+        if isinstance(one, dict):
+            _check(_own(one.get("custom_params")))
     if not said and not adapter:
         return
     if isinstance(adapter, list) and isinstance(sampling, dict):
@@ -33,8 +34,7 @@ def take_headers(manager: Any, obj: Any, request: Any = None, *args: Any, **kwar
 
 def asked(req: Any) -> dict[str, Any]:
     """Of a scheduler's ``Req``."""
-    own = req.sampling_params.custom_params
-    return own if isinstance(own, dict) else {}
+    return _own(req.sampling_params.custom_params)
 
 
 def _said(headers: Any) -> dict[str, Any]:
@@ -56,10 +56,9 @@ def _decoded(value: str) -> str:
         return value
 
 
-def _own(sampling: Any) -> dict[str, Any]:
+def _own(custom_params: Any) -> dict[str, Any]:
     """What the body says; nothing where it is not of a kind that says anything."""
-    own = sampling.get("custom_params") if isinstance(sampling, dict) else None
-    return own if isinstance(own, dict) else {}
+    return custom_params if isinstance(custom_params, dict) else {}
 
 
 def _check(own: dict[str, Any]) -> None:
@@ -71,7 +70,7 @@ def _check(own: dict[str, Any]) -> None:
 
 def _with(sampling: dict[str, Any], said: dict[str, Any], adapter: str | None) -> dict[str, Any]:
     """A no in the body stands, whatever the header says."""
-    own = _own(sampling)
+    own = _own(sampling.get("custom_params"))
     refused = {OPT_KEY: False} if own.get(OPT_KEY) is False else {}
     label = {SLICE_KEY: f"adapter:{adapter}"} if adapter else {}
     return {**sampling, "custom_params": {**label, **own, **said, **refused}}

@@ -98,11 +98,8 @@ def _json_lines(file: Path) -> Iterator[dict[str, Any] | Skipped]:
 
 
 def _streamed(source: str, split: str) -> datasets.IterableDataset:
-    path = Path(source)
-    if path.is_file():
-        given = {"path": _BUILDERS[path.suffix], "data_files": source, "split": "train"}
-    else:
-        given = {"path": source, "split": split}
+    builder = _BUILDERS.get(Path(source).suffix)
+    given = {"path": builder, "data_files": source, "split": "train"} if builder else {"path": source, "split": split}
     return _with_images_as_they_came(datasets.load_dataset(**given, streaming=True))
 
 

@@ -22,22 +22,24 @@ def status(versions=(), active=0, **trainer):
     }  # fmt: skip
 
 
-def scrape(metrics):
+def scrape(status):
     registry = CollectorRegistry()
-    registry.register(metrics)
+    registry.register(Metrics(lambda: status))
+    return samples(registry)
+
+
+def samples(registry):
     lines = generate_latest(registry).decode().splitlines()
-    samples = (line.removeprefix("sglang_specforge:").rsplit(" ", 1) for line in lines if line[0] != "#")
-    return {name: float(value) for name, value in samples}
+    found = (line.removeprefix("sglang_specforge:").rsplit(" ", 1) for line in lines if line[0] != "#")
+    return {name: float(value) for name, value in found}
 
 
 def test_before_the_first_status_there_is_nothing():
-    assert scrape(Metrics()) == {}
+    assert scrape(None) == {}
 
 
 def test_counts_are_told_by_version_and_never_by_slice():
-    metrics = Metrics()
-    metrics.status = status(versions=[4, 5], active=5)
-    found = scrape(metrics)
+    found = scrape(status(versions=[4, 5], active=5))
     assert found['verifications_total{version="4"}'] == found['verifications_total{version="5"}'] == 10
     assert found['committed_tokens_total{version="5"}'] == 25
     assert not any("secret" in name for name in found)  # anybody may read them
@@ -46,19 +48,17 @@ def test_counts_are_told_by_version_and_never_by_slice():
 
 
 def test_versions_that_the_status_forgot_have_no_series():
-    metrics = Metrics()
+    newest = {}
+    registry = CollectorRegistry()
+    registry.register(Metrics(lambda: newest["status"]))
     for first in range(1000):  # as of months
-        metrics.status = status(versions=range(first, first + 32))
-        scrape(metrics)
-    found = scrape(metrics)
+        newest["status"] = status(versions=range(first, first + 32))
+        found = samples(registry)
     assert sum(name.startswith("verifications_total") for name in found) == 32
 
 
 def test_what_is_not_known_has_no_sample():
-    metrics = Metrics()
-    metrics.status = status(active=3)
-    found = scrape(metrics)
+    found = scrape(status(active=3))
     assert {"acceptance_length", "held_out_acceptance_length", "trainer_silent_seconds"}.isdisjoint(found)
-    metrics.status = status(versions=[3], active=3, silent_s=0.5)
-    found = scrape(metrics)
+    found = scrape(status(versions=[3], active=3, silent_s=0.5))
     assert (found["acceptance_length"], found["trainer_silent_seconds"]) == (2.5, 0.5)

@@ -58,6 +58,13 @@ def test_a_step_that_is_not_finite_is_a_line_of_json_without_its_loss(tmp_path):
     assert lines(settings) == [{"step": 1, "tokens": 64, "accuracy_0": 0.5, "skipped_steps": 1}]
 
 
+def test_a_slice_of_which_nothing_is_known_is_left_out(tmp_path):
+    trackers = Trackers(settings := TrainingSettings(run_dir=tmp_path), 0)
+    trackers.log_version(1, 6, Evaluated(Simulated.nothing(1), {"code": Simulated.nothing(1)}, None))
+    trackers.close()
+    assert lines(settings) == [{"step": 6, "version": 1}]
+
+
 def test_tensorboard_gets_the_same_numbers(tmp_path, monkeypatch):
     written = []
 
