@@ -61,8 +61,7 @@ def _torch() -> Iterator[Finding]:
         version = importlib.util.find_spec("sgl_kernel") and importlib.metadata.version("sglang-kernel")
         yield Finding("kernels", version or "none", None if version else "install sglang-kernel")
     else:
-        problem = "without a GPU, set SGLANG_USE_CPU_ENGINE=1 and give --device cpu"
-        yield Finding("kernels", "none for this machine", problem)
+        yield Finding("kernels", "none for this machine", install.HOW_TO_ASK)
 
 
 def _transports() -> Iterator[Finding]:

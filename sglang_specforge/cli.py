@@ -1,19 +1,18 @@
 """``sglang-specforge``: making drafts, watching a server, driving traffic at it, and the demo."""
 
+import ast
 import asyncio
-import importlib.metadata
-import pkgutil
+import importlib.util
 import time
-from collections.abc import Callable
-from functools import partial
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import click
 import typer
 from rich.console import Console
 from rich.live import Live
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from sglang_specforge import status_view, traffic, versions_cli
 from sglang_specforge.ab.cli import app as ab_app
@@ -27,26 +26,43 @@ _SLOW = {
 }
 
 
-class _LoadedWhenAsked(TyperGroup):
-    """Commands whose modules need seconds are loaded when they are asked for, and for ``--help``."""
+class _Commands(TyperGroup):
+    """Those here, and those whose modules need seconds: these are loaded when they are asked for."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*super().list_commands(ctx), *_slow_commands()]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if (load := _slow_commands().get(cmd_name)) is None:
-            return super().get_command(ctx, cmd_name)
+        slow = _slow_commands().get(cmd_name)
+        return _LoadedWhenAsked(slow) if slow else super().get_command(ctx, cmd_name)
+
+
+class _LoadedWhenAsked(TyperCommand):
+    """Its line in ``--help`` is read in its source."""
+
+    def __init__(self, entry: EntryPoint) -> None:
+        super().__init__(entry.name, help=_docstring(entry))
+        self._entry = entry
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         one = typer.Typer(add_completion=False)
-        one.command(cmd_name)(load())
-        return typer.main.get_command(one)
+        one.command(self.name)(self._entry.load())
+        return typer.main.get_command(one).make_context(*args, **kwargs)
 
 
-def _slow_commands() -> dict[str, Callable[[], Callable[..., None]]]:
-    own = {name: partial(pkgutil.resolve_name, where) for name, where in _SLOW.items()}
-    return own | {entry.name: entry.load for entry in importlib.metadata.entry_points(group=_COMMANDS)}
+def _slow_commands() -> dict[str, EntryPoint]:
+    own = (EntryPoint(name, where, _COMMANDS) for name, where in _SLOW.items())
+    return {entry.name: entry for entry in (*own, *entry_points(group=_COMMANDS))}
 
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, cls=_LoadedWhenAsked)
+def _docstring(entry: EntryPoint) -> str | None:
+    spec = importlib.util.find_spec(entry.module)
+    source = ast.parse(Path(spec.origin).read_text()).body if spec and spec.origin else []
+    functions = (part for part in source if isinstance(part, ast.FunctionDef) and part.name == entry.attr)
+    return next(map(ast.get_docstring, functions), None)
+
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False, cls=_Commands)
 console = Console()
 
 

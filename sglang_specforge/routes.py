@@ -18,7 +18,6 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
 
 from sglang_specforge.ab.comparison import Turn
 from sglang_specforge.ab.experiment import UnknownExperiment
-from sglang_specforge.ab.part import LEASE_S as PART_LEASE_S
 from sglang_specforge.ab.part import NoPart
 from sglang_specforge.ab.plan import Plan
 from sglang_specforge.ab.report import Report
@@ -242,8 +241,7 @@ def make_router(service: ControlService, run: Run) -> APIRouter:
         """Take part in an A/B of several servers: its leader alone decides which of these versions is shown, until it
         ends that, or says nothing for the answered number of seconds."""
         with _answered():
-            await service.part.join(leader, body.versions, _who(request))
-        return {"seconds": PART_LEASE_S}
+            return {"seconds": await service.part.join(leader, body.versions, _who(request))}
 
     @router.post("/ab/led/{leader}/window")
     async def open_window(leader: Leader, body: Window) -> dict[str, int]:

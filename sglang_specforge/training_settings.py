@@ -7,8 +7,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from sglang_specforge.versions import VersionFolder
-
 Dtype = Literal["bfloat16", "float32"]
 Objective = Literal["soft_ce", "forward_kl", "hard_ce", "tv", "lk_alpha", "lk_lambda"]
 
@@ -174,4 +172,6 @@ class Job(BaseModel):
 
     def version_path(self, version: int) -> Path:
         """Folder of a published version; version 0 is the draft that training started from."""
+        from sglang_specforge.versions import VersionFolder  # imports torch, which a command has no second for
+
         return VersionFolder(self.run_dir).path(version) if version else Path(self.draft_path)

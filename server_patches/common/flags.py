@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 
 from server_patches.common import nodes
 from server_patches.common.launcher import apply_run_hooks
+from server_patches.cpu import install
 from server_patches.supported import check
 from server_patches.targets import IncompatibleSGLang
 from sglang_specforge.checkpoint import FINGERPRINT_KEY, CheckpointError, load_config
@@ -74,6 +75,7 @@ def consume_flags(cls: type, args: argparse.Namespace) -> None:
 
 def _start_run(args: argparse.Namespace, settings: DraftTrainingSettings) -> None:
     check()
+    _check_engine(args)
     _refuse_contradictions(args, settings)
     settings = _settle_drafting(args, settings)
     folder = resolve_target(args.model_path, args.revision, args.download_dir).absolute()
@@ -133,6 +135,12 @@ def _served_dtype(target: PretrainedConfig, asked: str) -> str:
             f"--enable-draft-training serves in {' or '.join(get_args(Dtype))}, not {served}; give --dtype bfloat16"
         )
     return served
+
+
+def _check_engine(args: argparse.Namespace) -> None:
+    on_cpu = args.device == "cpu" or (args.device is None and not torch.accelerator.is_available())
+    if on_cpu and not install.is_cpu_engine():
+        raise SettingsError(f"there is nothing to serve on; {install.HOW_TO_ASK}")
 
 
 def _refuse_contradictions(args: argparse.Namespace, settings: DraftTrainingSettings) -> None:

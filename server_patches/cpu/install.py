@@ -12,6 +12,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+HOW_TO_ASK = "to serve on a CPU, set SGLANG_USE_CPU_ENGINE=1 and give --device cpu"
 PORTED_VERSION = "0.4.10"  # the sgl_kernel release whose signatures these kernels follow
 _TORCH_OPS = ("extend_attention_cpu", "decode_attention_cpu")
 # What SGLang looks up while its module for Qwen3.5 is imported, as those for all that read images like Qwen's do.

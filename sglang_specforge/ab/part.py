@@ -31,8 +31,9 @@ class Part:
         self._heard_s = 0.0
         self._one_word = asyncio.Lock()
 
-    async def join(self, leader: str, versions: list[int], who: str) -> None:
-        """From now on the leader decides alone which of these versions is shown, each resident on every rank.
+    async def join(self, leader: str, versions: list[int], who: str) -> float:
+        """From now on the leader decides alone which of these versions is shown, each resident on every rank; returns
+        the seconds of silence after which it has left.
 
         Raises:
             DraftHeld: somebody else does.
@@ -45,6 +46,7 @@ class Part:
             await self._swaps.hold(_holder(leader), sorted({self._swaps.active, *versions}))
             self._leader, self._heard_s = leader, time.monotonic()
             self._swaps.audit.write("ab_joined", who, leader=leader, versions=versions)
+            return LEASE_S
 
     async def show(self, leader: str, version: int) -> None:
         """Begin a window with this version on all replicas. Raises NoPart, SwapRefused."""

@@ -11,7 +11,6 @@ from typing import Any
 import httpx
 
 from sglang_specforge.ab.comparison import Turn, judge
-from sglang_specforge.ab.part import LEASE_S
 from sglang_specforge.ab.plan import Plan
 from sglang_specforge.ab.report import Arm, Report
 from sglang_specforge.ab.turns import compare
@@ -69,15 +68,18 @@ class Servers:
     async def joined(self, report: Report) -> AsyncIterator[None]:
         """Around a comparison: every server takes part, and each leaves whatever happens, with what the report says is
         to be promoted. Raises Unanswered."""
-        renewing = asyncio.create_task(self._renew())
+        renewing = []
         try:
             for url in self.urls:
                 versions = [self._numbers[url][arm.version] for arm in report.arms]
-                await self._say("POST", url, timeout=_LIMIT_S * len(versions), json={"versions": versions})
+                limit_s = _LIMIT_S * len(versions)
+                lease = (await self._say("POST", url, timeout=limit_s, json={"versions": versions})).json()
                 self._joined.append(url)
+                renewing.append(asyncio.create_task(self._renew(url, lease["seconds"])))
             yield
         finally:
-            renewing.cancel()
+            for task in renewing:
+                task.cancel()
             await self._leave(report)
 
     async def places(self) -> list[str]:
@@ -91,12 +93,13 @@ class Servers:
         answers = await asyncio.gather(*(self._say("GET", url) for url in self.urls))
         return {url: Turn.model_validate_json(a.content) for url, a in zip(self.urls, answers, strict=True)}
 
-    async def _renew(self) -> None:
+    async def _renew(self, url: str, lease_s: float) -> None:
         """A window, or the others' way into the comparison, may be longer than a lease. Who does not answer is found by
         the next look at it."""
         while True:
-            await asyncio.sleep(LEASE_S / 3)
-            await asyncio.gather(*(self._say("GET", url) for url in self._joined), return_exceptions=True)
+            await asyncio.sleep(lease_s / 3)
+            with contextlib.suppress(Unanswered):
+                await self._say("GET", url)
 
     async def _leave(self, report: Report) -> None:
         """Every server that can be reached; raises Unanswered for the others, in the end."""

@@ -51,6 +51,11 @@ def target(tmp_path_factory):
     return make_target(tmp_path_factory.mktemp("target"))
 
 
+@pytest.fixture(autouse=True)
+def cpu_engine(monkeypatch):
+    monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
+
+
 @pytest.fixture(scope="module")
 def parser():
     parser = argparse.ArgumentParser()
@@ -238,6 +243,16 @@ def test_contradictions_stop_the_start(parser, target, tmp_path, capsys, argumen
         flags.consume_flags(None, parser.parse_args(given))
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", [["--device", "cpu"], []])
+def test_a_cpu_whose_engine_is_not_asked_for_is_refused(parser, target, tmp_path, capsys, monkeypatch, device):
+    monkeypatch.delenv("SGLANG_USE_CPU_ENGINE")
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    given = ["--model-path", str(target), "--draft-training-run-dir", str(tmp_path), "--enable-draft-training", *device]
+    with pytest.raises(SystemExit):
+        flags.consume_flags(None, parser.parse_args(given))
+    assert "set SGLANG_USE_CPU_ENGINE=1" in capsys.readouterr().err
 
 
 def test_help_has_a_group_with_every_setting(parser):

@@ -1,7 +1,10 @@
 """How commands and trainers reach a server, and what they say when they do not."""
 
 import http.server
+import re
 import ssl
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 
@@ -75,3 +78,17 @@ def test_a_server_that_nobody_vouches_for_is_not_talked_to_and_the_error_says_wh
     monkeypatch.delenv("SSL_CERT_FILE", raising=False)
     with pytest.raises(Unanswered, match="set SSL_CERT_FILE to a file"):
         request("GET", server, "/draft/status", None)
+
+
+def test_a_command_that_asks_a_server_does_not_wait_for_torch():
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import sglang_specforge.cli, sys; print(*sys.modules)"], capture_output=True, text=True
+    ).stdout.split()
+    assert "sglang_specforge.cli" in loaded
+    assert not {"torch", "transformers", "datasets"} & set(loaded)
+
+
+def test_help_says_what_each_command_is_for_without_loading_it():
+    commands = CliRunner().invoke(app, ["--help"]).stdout
+    for name, purpose in {"demo": "Show the acceptance length", "capture": "Store the states"}.items():
+        assert re.search(rf"{name} +{purpose}", commands)

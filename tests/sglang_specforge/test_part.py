@@ -10,7 +10,6 @@ from fastapi.responses import JSONResponse
 from typer.testing import CliRunner
 
 from sglang_specforge.ab import part as parts
-from sglang_specforge.ab import servers as led
 from sglang_specforge.ab.cli import app
 from sglang_specforge.ab.experiment import Experiments
 from sglang_specforge.ab.part import NoPart, Part
@@ -224,7 +223,6 @@ def test_one_that_is_stopped_leaves_each_server_as_it_was(fleet):
 
 def test_leases_are_renewed_while_the_others_are_still_loading(fleet, monkeypatch):
     monkeypatch.setattr(parts, "LEASE_S", 1.0)
-    monkeypatch.setattr(led, "LEASE_S", 1.0)
     slow, load = fleet[1].service.swaps, fleet[1].service.swaps._load
 
     async def load_slowly(version):
