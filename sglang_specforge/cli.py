@@ -16,7 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from sglang_specforge import status_view, traffic, versions_cli
 from sglang_specforge.ab.cli import app as ab_app
-from sglang_specforge.client import DEFAULT_URL, ApiKey, GeneratingKey, Url, ask, fail, or_fail, upload_checkpoint
+from sglang_specforge.client import COPY_LIMIT_S, DEFAULT_URL, ApiKey, GeneratingKey, Url, ask, fail, opened, or_fail
 
 _COMMANDS = "sglang_specforge.commands"  # entry points; the trainer adds its own, as nothing here imports it
 _SLOW = {
@@ -98,11 +98,12 @@ def swap(
     upload: Annotated[bool, typer.Option(help="It is on this machine, not on the server's disk.")] = False,
 ) -> None:
     """Put a draft checkpoint into the live server. A trainer's better version replaces it."""
-    path = str(checkpoint.absolute())
     if upload:
-        with or_fail():
-            path = upload_checkpoint(url, api_key, checkpoint)
-    answer = ask("POST", url, "/draft/versions", api_key, json={"path": path}, timeout=180)
+        with or_fail(), opened(checkpoint) as files:
+            answer = ask("POST", url, "/draft/versions", api_key, files=files, timeout=COPY_LIMIT_S)
+    else:
+        path = str(checkpoint.absolute())
+        answer = ask("POST", url, "/draft/versions", api_key, json={"path": path}, timeout=180)
     console.print(f"version {answer.json()['version']} is active")
 
 

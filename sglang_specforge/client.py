@@ -7,7 +7,7 @@ import ssl
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import IO, Annotated, Any, NoReturn
 
 import httpx
 import pydantic
@@ -127,17 +127,22 @@ def run_of(url: str, api_key: str | None = None) -> Run:
 
 
 def upload_checkpoint(url: str, api_key: str | None, checkpoint: Path) -> str:
-    """Copy a draft checkpoint to the server's disk; returns its path there, for ``POST /draft/versions``.
+    """Copy a draft checkpoint to the server's disk; returns its path there.
 
     Raises:
         Unanswered: the server does not take it.
         OSError: it cannot be read.
     """
-    with contextlib.ExitStack() as opened:
-        named = {"config": "config.json", "weights": "model.safetensors"}
-        files = {field: opened.enter_context((checkpoint / name).open("rb")) for field, name in named.items()}
+    with opened(checkpoint) as files:
         answer = accepted("POST", url, "/draft/uploads", api_key, files=files, timeout=COPY_LIMIT_S)
     return answer.json()["path"]
+
+
+@contextlib.contextmanager
+def opened(checkpoint: Path) -> Iterator[dict[str, IO[bytes]]]:
+    """A checkpoint's files, as ``/draft/versions`` and ``/draft/uploads`` take them. Raises OSError."""
+    with (checkpoint / "config.json").open("rb") as config, (checkpoint / "model.safetensors").open("rb") as weights:
+        yield {"config": config, "weights": weights}
 
 
 class NotCaptured(RuntimeError):

@@ -11,10 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, HTTPException, Query, Request, UploadFile
+from fastapi import APIRouter, Form, HTTPException, Query, Request, UploadFile
 from fastapi import Path as PathParameter
 from fastapi.responses import FileResponse
+from fastapi.routing import APIRoute
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt
+from starlette.datastructures import Headers
+from starlette.routing import Match
+from starlette.types import Scope
 
 from sglang_specforge.ab.comparison import Turn
 from sglang_specforge.ab.experiment import UnknownExperiment
@@ -57,6 +61,27 @@ class NewVersion(_Body):
     path: Path = Field(description="Folder of the checkpoint, as the server sees it.")
     activate: StrictBool = Field(True, description="Put it into service; otherwise it is only made resident.")
     why: Why = ""
+
+
+_MULTIPART = "multipart/form-data"
+_AN_UPLOAD = {
+    "type": "object",
+    "properties": {
+        "config": {"type": "string", "format": "binary", "description": "The checkpoint's config.json."},
+        "weights": {"type": "string", "format": "binary", "description": "Its model.safetensors."},
+        "activate": {"type": "boolean", "default": True},
+        "why": {"type": "string", "maxLength": 1000},
+    },
+    "required": ["config", "weights"],
+}
+
+
+class _OfForms(APIRoute):
+    """For requests whose body is a form; the route after it, of the same path, has the others."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        is_form = Headers(scope=scope).get("content-type", "").startswith(_MULTIPART)
+        return super().matches(scope) if is_form else (Match.NONE, {})
 
 
 class Activation(_Body):
@@ -158,10 +183,26 @@ def make_router(service: ControlService, run: Run) -> APIRouter:
         with _answered():
             return await service.versions()
 
-    @router.post("/versions")
+    async def add_upload(
+        config: UploadFile,
+        weights: UploadFile,
+        request: Request,
+        activate: Annotated[bool, Form()] = True,
+        why: Annotated[Why, Form()] = "",
+    ) -> dict[str, Any]:
+        with _answered():
+            path = await asyncio.to_thread(swaps.uploads.save, config.file, weights.file)
+        return await add_version(NewVersion(path=path, activate=activate, why=why), request)
+
+    router.add_api_route(
+        "/versions", add_upload, methods=["POST"], route_class_override=_OfForms, include_in_schema=False
+    )
+
+    @router.post("/versions", openapi_extra={"requestBody": {"content": {_MULTIPART: {"schema": _AN_UPLOAD}}}})
     async def add_version(body: NewVersion, request: Request) -> dict[str, Any]:
-        """Make a checkpoint from the server's disk a version, load it on every rank, and activate it. A checkpoint
-        that is a version already keeps its number; one of another trainer's is taken in as at start."""
+        """Make a checkpoint a version, load it on every rank, and activate it: one from the server's disk, by its path,
+        or one whose two files are uploaded. A checkpoint that is a version already keeps its number; one of another
+        trainer's is taken in as at start."""
         with _answered():
             version = await swaps.add(body.path, _who(request))
             if body.activate:
@@ -179,8 +220,8 @@ def make_router(service: ControlService, run: Run) -> APIRouter:
 
     @router.post("/uploads")
     async def upload(config: UploadFile, weights: UploadFile) -> dict[str, str]:
-        """A checkpoint's ``config.json`` and ``model.safetensors`` from another machine. The ``path`` that is answered
-        is for ``POST /draft/versions``; of those never asked for, only the newest are kept."""
+        """A checkpoint's ``config.json`` and ``model.safetensors`` from another machine, to be asked for later: by the
+        ``path`` that is answered. Of those never asked for, only the newest are kept."""
         with _answered():
             return {"path": str(await asyncio.to_thread(swaps.uploads.save, config.file, weights.file))}
 

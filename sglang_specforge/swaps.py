@@ -141,18 +141,20 @@ class Swaps:
         return version
 
     def _adopt(self, checkpoint: Path) -> int:
-        ours = self._in_our_layout(checkpoint)
-        version = self.versions.adopt(ours, self._run.settings.keep_versions)
-        for copied in {ours, checkpoint}:
-            self.uploads.forget(copied)
-        return version
+        imported = self.uploads.new()
+        try:
+            ours = self._in_our_layout(checkpoint, imported)
+            return self.versions.adopt(ours, self._run.settings.keep_versions)
+        finally:
+            for copied in (checkpoint, imported):
+                self.uploads.forget(copied)
 
-    def _in_our_layout(self, checkpoint: Path) -> Path:
+    def _in_our_layout(self, checkpoint: Path, imported: Path) -> Path:
         """The checkpoint itself, or what ``import_draft`` makes of one that says no target, as other trainers' do."""
         if FINGERPRINT_KEY in load_config(checkpoint):
             return checkpoint
         try:
-            return import_draft(checkpoint, Path(self._run.target_path), self.uploads.new())
+            return import_draft(checkpoint, Path(self._run.target_path), imported)
         except (OSError, TargetError) as error:
             raise CheckpointError(f"draft checkpoint {checkpoint} cannot be taken in: {error}") from error
 

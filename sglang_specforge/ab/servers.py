@@ -14,7 +14,7 @@ from sglang_specforge.ab.comparison import Turn, judge
 from sglang_specforge.ab.plan import Plan
 from sglang_specforge.ab.report import Arm, Report
 from sglang_specforge.ab.turns import compare
-from sglang_specforge.client import Unanswered, accepted, run_of, upload_checkpoint
+from sglang_specforge.client import COPY_LIMIT_S, Unanswered, accepted, opened, run_of
 
 _LIMIT_S = 180  # of a version's way onto every rank
 
@@ -131,8 +131,9 @@ class Servers:
         raise Unanswered(f"{url} has no such version as {given}; give a checkpoint's folder")
 
     def _add(self, url: str, checkpoint: Path) -> int:
-        body = {"path": upload_checkpoint(url, self._api_key, checkpoint), "activate": False}
-        answer = accepted("POST", url, "/draft/versions", self._api_key, json=body, timeout=_LIMIT_S)
+        with opened(checkpoint) as files:
+            body = {"files": files, "data": {"activate": "false"}}
+            answer = accepted("POST", url, "/draft/versions", self._api_key, timeout=COPY_LIMIT_S, **body)
         return answer.json()["version"]
 
 

@@ -133,11 +133,13 @@ def test_a_checkpoint_is_uploaded_and_served(server, tmp_path):
 
 def test_what_is_no_checkpoint_is_refused_and_not_kept(server):
     files = {"config": b"[]", "weights": b"rubbish"}
-    assert server.post("/draft/uploads", files=files).status_code == 422
     before = server.status()["draft"]["active_version"]
-    path = server.post("/draft/uploads", files={**files, "config": b"{}"}).json()["path"]
-    assert server.post("/draft/versions", json={"path": path}).status_code == 422
+    for path in ("/draft/uploads", "/draft/versions"):
+        assert server.post(path, files=files).status_code == 422
+    assert server.post("/draft/versions", files={**files, "config": b"{}"}).status_code == 422
+    assert server.post("/draft/versions", files={"config": b"{}"}).status_code == 400
     assert server.status()["draft"]["active_version"] == before
+    assert not list((server.run_dir / "uploads").iterdir())
 
 
 def test_a_server_that_starts_anew_is_read_again(server, trainer):
