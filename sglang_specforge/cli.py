@@ -97,7 +97,7 @@ def swap(
     api_key: ApiKey = None,
     upload: Annotated[bool, typer.Option(help="It is on this machine, not on the server's disk.")] = False,
 ) -> None:
-    """Put a draft checkpoint into the live server. A trainer's better version replaces it."""
+    """Put a draft checkpoint into the live server, for its trainer to go on from where it is better."""
     if upload:
         with or_fail(), opened(checkpoint) as files:
             answer = ask("POST", url, "/draft/versions", api_key, files=files, timeout=COPY_LIMIT_S)

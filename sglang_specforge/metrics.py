@@ -28,6 +28,7 @@ _COUNTERS = {
     "trained_tokens": ("", "Captured tokens that were trained on."),
     "dropped_tokens": ("reason", "Captured tokens that were dropped."),
     "skipped_steps": ("", "Optimizer steps that changed nothing, as their gradients were not finite."),
+    "taken_up": ("", "Times that training went on from the draft in service, as its own was worse."),
     "unspilled_blocks": ("", "Blocks of the prefix store that the disk did not take or give back."),
 }
 
@@ -87,5 +88,6 @@ def _counters(status: dict[str, Any]) -> dict[str, dict[str, float]]:
         "trained_tokens": {"": tokens["trained"]},
         "dropped_tokens": tokens["dropped"],
         "skipped_steps": {"": status["trainer"]["skipped_steps"]},
+        "taken_up": {"": status["trainer"]["taken_up"]},
         "unspilled_blocks": {"": status["trainer"]["prefixes"]["unspilled_blocks"]},
     }

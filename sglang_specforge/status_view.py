@@ -105,8 +105,9 @@ def _vocabulary(found: dict[str, Any]) -> str:
 
 
 def _skipped(trainer: dict[str, Any]) -> str:
-    steps = trainer["skipped_steps"]
-    return f", {steps:,} steps changed nothing (gradients not finite)" if steps else ""
+    steps, taken_up = trainer["skipped_steps"], trainer["taken_up"]
+    skipped = f", {steps:,} steps changed nothing (gradients not finite)" if steps else ""
+    return skipped + (f", {taken_up:,} times gone on from the draft in service" if taken_up else "")
 
 
 def _number(value: float | None) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
@@ -45,6 +45,7 @@ class Trained:
     accuracy_K: list[float]  # of each step, the share of rows whose top choice is the target's
     tokens_by_rank: list[int]
     skipped_steps: int = 0  # of this process's life, those that changed nothing
+    taken_up: int = 0  # of this process's life, times that the weights became another draft's
     mfu: float | None = None  # ``trainer.mfu``; None where the draft's products or the device's peak are not known
 
     @property
@@ -57,7 +58,8 @@ class Learner:
 
     def __init__(self, job: Job, device: torch.device) -> None:
         self._job, self._settings, self._device = job, job.settings, device
-        self.step = self._skipped_steps = 0
+        self.step = self._skipped_steps = self._taken_up = 0
+        self.begun = 0  # the step from which learning rates warm up
         self.acceptance_K = [0.0] * job.settings.ttt_steps  # mean acceptance rates, for lk_lambda
         dtype = getattr(torch, job.training_dtype)
         self.config = load_config(job.version_path(0))
@@ -88,7 +90,7 @@ class Learner:
         counts = list(map(int, self._summed([*rows, *own_tokens])))
         rows_K, tokens_by_rank = counts[: settings.ttt_steps], counts[settings.ttt_steps :]
         goal = Goal.of(settings, rows_K, self.acceptance_K)
-        set_learning_rates(self.optimizers, settings, self.step)
+        set_learning_rates(self.optimizers, settings, self.step, self.begun)
         told: list[Tensor] = []  # of each pass; read at the end, so that a GPU is still at one while the next is packed
         for i, own in enumerate(passes):
             self.draft.set_requires_gradient_sync(i == len(passes) - 1)
@@ -116,7 +118,7 @@ class Learner:
         if self._peak_flops and flops:
             mfu = flops / (time.monotonic() - begun_s) / (self._peak_flops * dist.get_world_size())
         finite = [value if math.isfinite(value) else None for value in (loss, norm.item())]
-        return Trained(self.step, *finite, accuracy_K, tokens_by_rank, self._skipped_steps, mfu)
+        return Trained(self.step, *finite, accuracy_K, tokens_by_rank, self._skipped_steps, self._taken_up, mfu)
 
     def simulate(self, passes: list[list[Sample]], checkpoint: Path | None = None) -> list[tuple[str, Simulated]]:
         """Greedy acceptance of the server's speculation: slice and result of each of this process's samples and all
@@ -153,6 +155,20 @@ class Learner:
                     take_rows(moment, row_D, 0.0)
         draft.d2t.copy_(ids_D - torch.arange(ids_D.numel(), device=self._device))
         draft.t2d.zero_()[ids_D] = True
+
+    def take_up(self, checkpoint: Path) -> None:
+        """From the next step on, the weights and the vocabulary are a checkpoint's. What the optimizers know of those
+        before is forgotten, so learning rates warm up again.
+
+        Raises:
+            CheckpointError: it cannot be read.
+        """
+        tensors = load_draft(self._job, checkpoint).state_dict()
+        set_model_state_dict(self.draft, tensors, options=StateDictOptions(full_state_dict=True))
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
+        self.begun, self._taken_up = self.step, self._taken_up + 1
+        logger.info("draft training: training goes on from the draft in service, %s", checkpoint)
 
     def export(self) -> dict[str, Tensor]:
         """Whole tensors on the host of the first process, in the served dtype, named as a checkpoint's."""

@@ -61,6 +61,7 @@ class Trainer:
         self._first = dist.get_rank() == 0
         self._saved_step = learner.step
         self._best = best  # acceptance length of the best version so far
+        self._worse = 0  # versions in succession
 
     def run(self) -> None:
         """Until the source is finished or the process is told to stop; then saves."""
@@ -86,32 +87,42 @@ class Trainer:
         found = self._learner.simulate(held_out)
         slices = by_slice(found)
         overall = sum(slices.values(), Simulated.nothing(self._job.speculation.steps))
-        evaluated = Evaluated(overall, slices, self._judge(held_out, found))
+        rival = self._rival()
+        evaluated = Evaluated(overall, slices, rival and self._judge(held_out, found, rival))
         tensors = self._learner.export()
         version = None
         if self._first:
             # A restarted trainer reads the configuration of the draft that it started with.
-            spared = [self._job.version_path(0), self._versions.best(), self._source.rival()]
+            spared = [self._job.version_path(0), self._versions.best(), rival]
             version = self._versions.publish(
                 self._learner.config, tensors, keep=self._job.settings.keep_versions, spared=spared
             )
             if overall.length is not None and overall.length > (self._best or 0.0):
                 self._best = overall.length
                 self._versions.mark_best(version)
+        self._take_up_better(rival, evaluated.verdict)
         self._save()
         if version is not None:
             self._source.published(version, self._learner.step, evaluated)
 
-    def _judge(self, held_out: list[list[Sample]], found: Judged) -> Verdict | None:
-        rival = tell(str(self._source.rival() or "") if self._first else None)
-        if not rival:
-            return None
+    def _rival(self) -> Path | None:
+        found = tell(str(self._source.rival() or "") if self._first else None)
+        return Path(found) if found else None
+
+    def _judge(self, held_out: list[list[Sample]], found: Judged, rival: Path) -> Verdict:
         settings = self._job.settings
         try:
-            served = self._learner.simulate(held_out, Path(rival))
+            served = self._learner.simulate(held_out, rival)
         except CheckpointError as error:  # all processes read the same file
             return Verdict(samples=0, passed=False, why=f"the served draft cannot be compared with: {error}")
         return compare(found, served, settings.gate_confidence, settings.gate_slice_loss)
+
+    def _take_up_better(self, served: Path | None, verdict: Verdict | None) -> None:
+        """One that an operator put into service, or what was there before training went wrong."""
+        self._worse = self._worse + 1 if verdict and verdict.is_clearly_worse else 0
+        if self._worse and self._worse == self._job.settings.take_up_after:
+            self._learner.take_up(served)
+            self._worse = 0
 
     def _follow_vocabulary(self) -> None:
         """The next version may say other tokens than the one before."""

@@ -187,6 +187,7 @@ class OnlineSource:
             version=self._versions.newest() or 0,
             loss=self._last.loss if self._last else None,
             skipped_steps=self._last.skipped_steps if self._last else 0,
+            taken_up=self._last.taken_up if self._last else 0,
             held_out_acceptance_length=self._held_out_acceptance_length,
             prefixes=self._prefixes.counts,
             staleness=self._replay.staleness,

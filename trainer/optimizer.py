@@ -28,17 +28,20 @@ def make_optimizers(draft: nn.Module, settings: TrainingSettings) -> list[torch.
     return [adamw, muon]
 
 
-def set_learning_rates(optimizers: list[torch.optim.Optimizer], settings: TrainingSettings, step: int) -> None:
+def set_learning_rates(
+    optimizers: list[torch.optim.Optimizer], settings: TrainingSettings, step: int, begun: int = 0
+) -> None:
     """Before step ``step`` (from 0): each optimizer's peak rate times the schedule's factor."""
     peaks = (settings.learning_rate, settings.muon_learning_rate)
     for optimizer, peak in zip(optimizers, peaks, strict=False):
         for group in optimizer.param_groups:
-            group["lr"] = peak * schedule_factor(settings, step)
+            group["lr"] = peak * schedule_factor(settings, step, begun)
 
 
-def schedule_factor(settings: TrainingSettings, step: int) -> float:
-    """Linear warm-up, then by ``settings.schedule``; what has come to its end stays there."""
-    warm = min(1.0, (step + 1) / max(1, settings.warmup_steps))
+def schedule_factor(settings: TrainingSettings, step: int, begun: int = 0) -> float:
+    """Linear warm-up from step ``begun``, whose weights came from elsewhere, times ``settings.schedule``; what has come
+    to its end stays there."""
+    warm = min(1.0, (step - begun + 1) / max(1, settings.warmup_steps))
     last = max(settings.warmup_steps + 1, settings.schedule_steps or _OPEN_END_STEPS)
     progress = min(1.0, max(0, step - settings.warmup_steps) / (last - settings.warmup_steps))
     if settings.schedule == "cosine":

@@ -53,6 +53,7 @@ class Progress(msgspec.Struct, kw_only=True):
     best_acceptance_length: float | None  # of the versions so far, on held-out samples
     position: Position
     optimizer: str | None = None  # its setting; None: not noted
+    begun: int = 0  # ``Learner.begun``
 
 
 class ResumeError(RuntimeError):
@@ -85,6 +86,7 @@ class Checkpoints:
                 best_acceptance_length=best,
                 position=position,
                 optimizer=self._job.settings.optimizer,
+                begun=learner.begun,
             )
             (part / "progress.json").write_bytes(msgspec.json.encode(progress))
             shutil.rmtree(folder, ignore_errors=True)
@@ -140,7 +142,7 @@ class Checkpoints:
             group["weight_decay"] = self._job.settings.weight_decay  # this run's; the state has the checkpoint's
         if _rng_file(folder).exists():  # more processes than there were have no state to go on from
             torch.set_rng_state(load_file(_rng_file(folder))["cpu"])
-        learner.step = progress.step
+        learner.step, learner.begun = progress.step, progress.begun
         if len(progress.acceptance_K) == len(learner.acceptance_K):
             learner.acceptance_K = progress.acceptance_K
         logger.info("draft training: resumed from step %d", progress.step)

@@ -32,8 +32,8 @@ class Trackers:
             metrics |= {f"tokens_rank_{rank}": tokens for rank, tokens in enumerate(result.tokens_by_rank)}
         if result.mfu is not None:
             metrics["mfu"] = result.mfu
-        if result.skipped_steps:
-            metrics["skipped_steps"] = result.skipped_steps
+        rare = {"skipped_steps": result.skipped_steps, "taken_up": result.taken_up}
+        metrics |= {name: count for name, count in rare.items() if count}
         self._write(result.step, metrics)
 
     def log_version(self, version: int, step: int, evaluated: Evaluated) -> None:

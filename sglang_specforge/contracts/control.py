@@ -67,6 +67,7 @@ class Heartbeat(msgspec.Struct, tag="heartbeat", kw_only=True):
     version: int = 0  # newest published one of the run folder
     loss: float | None = None  # of the last step; None: it was not finite
     skipped_steps: int = 0  # that changed nothing, as their gradients were not finite
+    taken_up: int = 0  # times that training went on from the draft in service, as its own was worse
     held_out_acceptance_length: float | None = None  # predicted from held-out samples, greedy chain
     ledger: TokenLedger = msgspec.field(default_factory=TokenLedger)
     parity: Parity = msgspec.field(default_factory=Parity)
@@ -86,6 +87,11 @@ class Verdict(msgspec.Struct, kw_only=True):
     slices: dict[str, float] = {}  # relative gain of each
     passed: bool
     why: str
+
+    @property
+    def is_clearly_worse(self) -> bool:
+        """The upper bound, which is as far from the gain as the lower one, is below zero."""
+        return self.gain is not None and 2 * self.gain - self.low < 0
 
 
 class VersionReady(msgspec.Struct, tag="version_ready", kw_only=True):

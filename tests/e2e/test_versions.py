@@ -141,6 +141,21 @@ def test_the_guard_takes_back_a_worse_draft_that_was_forced_past_the_gate(learni
     assert learning.post("/draft/activate", json={"version": proposed[-1]["version"]}).json()["changed"]
 
 
+def test_training_goes_on_from_a_better_draft_that_was_swapped_in(start, drafts, reference):
+    learns_nothing = {**LEARNING, "learning-rate": 1e-9}
+    client = start("--dtype", "float32", training=learns_nothing)
+    with load(client, reference()):
+        command(client, "swap", drafts[1])
+        swapped_in = active(client)
+        wait_for("it is taken up", lambda: client.status()["trainer"]["taken_up"] == 1, 120)
+        assert active(client) == swapped_in
+        published = client.status()["trainer"]["version"]
+        newest = wait_for("a version of it", lambda: (t := client.status()["trainer"])["version"] > published and t)
+        assert newest["held_out_acceptance_length"] > LEARNT - 0.2
+    verdicts = [one["verdict"] or {"gain": None} for one in client.get("/draft/versions").json()]
+    assert sum((verdict["gain"] or 0) < -0.3 for verdict in verdicts) >= 3  # of what it had learnt by itself
+
+
 @pytest.fixture
 def client(start, drafts):
     return start("--dtype", "float32", "--enable-metrics", training=NOTHING)

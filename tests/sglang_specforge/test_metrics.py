@@ -17,7 +17,7 @@ def status(versions=(), active=0, **trainer):
         "tokens": {"captured": 7, "trained": 5, "dropped": {"late": 2}},
         "trainer": {
             "held_out_acceptance_length": None, "vocabulary": {"coverage": None}, "step": 4, "skipped_steps": 0,
-            "silent_s": None, "prefixes": {"unspilled_blocks": 0}, **trainer,
+            "taken_up": 0, "silent_s": None, "prefixes": {"unspilled_blocks": 0}, **trainer,
         },
     }  # fmt: skip
 

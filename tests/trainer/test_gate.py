@@ -60,3 +60,13 @@ def test_too_few_samples_are_no_evidence():
     verdict = compare(judged([2.0] * 3), judged([1.0] * 3), 0.95, 0.05)
     assert not verdict.passed
     assert "3 held-out samples are too few" in verdict.why
+
+
+@pytest.mark.parametrize(("gain", "is_worse"), [(-0.3, True), (-0.01, False), (0.3, False)])
+def test_it_is_worse_only_where_that_is_beyond_chance(gain, is_worse):
+    verdict = compare(judged(noisy(1.5 + gain, 16, seed=2)), judged(noisy(1.5, 16, seed=3)), 0.95, 1.0)
+    assert verdict.is_clearly_worse == is_worse
+
+
+def test_of_too_few_samples_nothing_is_worse():
+    assert not compare(judged([1.0] * 3), judged([2.0] * 3), 0.95, 0.05).is_clearly_worse
