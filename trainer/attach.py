@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import torch.distributed as dist
 from pydantic import BeforeValidator, Field, model_validator
 
+from sglang_specforge.checkpoint import noted_content
 from sglang_specforge.client import Unanswered, request, run_of
 from sglang_specforge.curve import Endpoint
 from sglang_specforge.engine_address import EngineAddress
@@ -89,6 +90,7 @@ class Watch:
         self.leased_to: str | None = None  # where it sends its states, if to another machine
         self.silence = ""  # why it does not answer now
         self.moved: dict[str, float] = {}  # as ``online.Servers`` has it
+        self.serves: Path | None = None  # checkpoint of its draft, where that is on this machine
 
     def start(self) -> None:
         threading.Thread(target=self._keep_looking, name=f"specforge-watch-{self.url}", daemon=True).start()
@@ -102,6 +104,8 @@ class Watch:
             self.moved = {name: time.time() - move["since_s"] for name, move in moved.items()}
             if self.far and self.far.is_leased:
                 self.far.keep()
+            active = status["draft"]["active_version"]
+            self.serves = self.far.paths.get(active) if self.far else run.version_path(active)
         except (Unanswered, EndpointTaken) as error:
             silence = str(error)
         if silence and not self.silence:
@@ -170,8 +174,10 @@ class AttachedServers:
         """Servers may come back at any time, but a process without its launcher has to end."""
         return "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != self._parent_pid
 
-    def served(self) -> int | None:
-        return None
+    def served(self) -> Path | None:
+        found = [w.serves for w in self._watches if w.run and not w.silence and self._problem(w) is None]
+        contents = {serves and noted_content(serves) for serves in found}
+        return found[0] if len(contents) == 1 and None not in contents else None
 
     def moved(self) -> dict[str, float]:
         """Where several servers say it of a slice, since the latest."""

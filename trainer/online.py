@@ -49,8 +49,8 @@ class Servers(Protocol):
     def are_gone(self) -> bool:
         """For good. Every process asks."""
 
-    def served(self) -> int | None:
-        """Version of the trainer's run folder that is in service; None where servers number their own."""
+    def served(self) -> Path | None:
+        """Checkpoint of the draft in service; None where it is not here, or not the same at all of them."""
 
     def moved(self) -> dict[str, float]:
         """Slices ("": all) whose acceptance fell, and when, in seconds of the epoch."""
@@ -69,8 +69,8 @@ class OwnServer:
         """The server, or what launched this process for it."""
         return os.getppid() != self._parent_pid or not is_alive(int(os.environ[SERVER_PID_VARIABLE]))
 
-    def served(self) -> int | None:
-        return self._manifest().active
+    def served(self) -> Path | None:
+        return self._run.version_path(self._manifest().active)
 
     def moved(self) -> dict[str, float]:
         return self._manifest().moved
@@ -157,8 +157,7 @@ class OnlineSource:
         self._trackers.log(result)
 
     def rival(self) -> Path | None:
-        served = self._servers.served()
-        return self._job.version_path(self._passed if served is None else served)
+        return self._servers.served() or self._job.version_path(self._passed)
 
     def published(self, version: int, step: int, evaluated: Evaluated) -> None:
         self._held_out_acceptance_length = evaluated.overall.length

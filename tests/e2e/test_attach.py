@@ -24,9 +24,10 @@ class AttachedTrainer:
     """``torchrun --nproc-per-node 2 -m trainer attach``, or as ``program`` says; ended with the test."""
 
     def __init__(self, clients, run_dir, program=TORCHRUN, flags=()):
-        command = [sys.executable, *program, "attach", "--run-dir", run_dir, *flags]
+        command = [sys.executable, *program, "attach", "--run-dir", run_dir]
         command += [part for client in clients for part in ("--server", client.server.url)]
         command += [part for name, value in FLAGS.items() for part in (f"--{name}", value)]
+        command += flags
         self.log, self.metrics = run_dir.with_suffix(".log"), run_dir / "metrics.jsonl"
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         with self.log.open("ab") as out:

@@ -25,6 +25,7 @@ from schemathesis.generation import GenerationMode
 from sglang_specforge.checkpoint import content_of, load_config, read_tensors
 from sglang_specforge.traffic import stream_prompts
 from tests.e2e.conftest import TARGET, TRAINING, customize_servers, prompts, wait_for
+from tests.e2e.test_attach import AttachedTrainer
 
 CLI = [sys.executable, "-m", "sglang_specforge"]
 LEARNING = {
@@ -141,9 +142,20 @@ def test_the_guard_takes_back_a_worse_draft_that_was_forced_past_the_gate(learni
     assert learning.post("/draft/activate", json={"version": proposed[-1]["version"]}).json()["changed"]
 
 
-def test_training_goes_on_from_a_better_draft_that_was_swapped_in(start, drafts, reference):
-    learns_nothing = {**LEARNING, "learning-rate": 1e-9}
-    client = start("--dtype", "float32", training=learns_nothing)
+@pytest.fixture(params=["spawn", "none"], ids=["its own trainer", "attached trainer"])
+def not_learning(start, request, tmp_path):
+    """A server whose trainer's draft stays what it is."""
+    client = start("--dtype", "float32", training={**LEARNING, "learning-rate": 1e-9, "trainer": request.param})
+    if request.param == "spawn":
+        yield client
+        return
+    trainer = AttachedTrainer([client], tmp_path / "attached", ("-m", "trainer"), ("--learning-rate", 1e-9))
+    yield client
+    trainer.end()
+
+
+def test_training_goes_on_from_a_better_draft_that_was_swapped_in(not_learning, drafts, reference):
+    client = not_learning
     with load(client, reference()):
         command(client, "swap", drafts[1])
         swapped_in = active(client)

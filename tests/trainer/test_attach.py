@@ -2,12 +2,15 @@
 
 import json
 import logging
+import shutil
 import signal
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 
+from sglang_specforge.checkpoint import CONTENT_KEY, load_config, save_config
 from sglang_specforge.training_settings import Job, Speculation
 from sglang_specforge.versions import VersionFolder
 from tests.tiny import make_run, make_target
@@ -158,3 +161,19 @@ def test_settings_that_are_missing_or_unknown_end_the_start(capsys):
         main(["attach"])
     assert ended.value.code == 2
     assert "Address of a server to train on" in capsys.readouterr().err
+
+
+def test_the_draft_in_service_is_known_where_it_is_one_and_here(run, job, tmp_path):
+    one, other = (shutil.copytree(run.draft_path, tmp_path / name) for name in ("one", "other"))
+    a, b, refused = Told(run), Told(run), Told(run.model_copy(update={"served_dtype": "bfloat16"}))
+    a.serves, b.serves = Path(run.draft_path), one
+    servers = AttachedServers(job, [a, b, refused])
+    assert servers.served() == Path(run.draft_path)
+    config = load_config(other)
+    save_config(other, {**config, CONTENT_KEY: "of other weights"})
+    for serves in (other, tmp_path / "gone", None):
+        b.serves = serves
+        assert servers.served() is None
+    b.silence = "does not answer"
+    assert servers.served() == Path(run.draft_path)
+    assert AttachedServers(job, []).served() is None
