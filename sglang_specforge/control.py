@@ -28,7 +28,16 @@ from sglang_specforge.metrics import Metrics
 from sglang_specforge.reader import Lease, Reader, ReaderHeld
 from sglang_specforge.settings import Run
 from sglang_specforge.supervisor import TrainerSupervisor
-from sglang_specforge.swaps import DraftHeld, Engine, GateChanged, NotAttached, SwapRefused, Swaps, UnknownVersion
+from sglang_specforge.swaps import (
+    TRAINER,
+    DraftHeld,
+    Engine,
+    NotAttached,
+    Overtaken,
+    SwapRefused,
+    Swaps,
+    UnknownVersion,
+)
 from sglang_specforge.watch import Watch, by_prompt, by_slice, by_version
 
 logger = logging.getLogger(__name__)
@@ -227,8 +236,8 @@ class ControlService:
             await self.swaps.is_free.wait()
             while not self._announced.empty():
                 announced.append(self._announced.get_nowait())
-            better = [ready for ready in announced if ready.verdict is None or ready.verdict.passed]
-            newest = (better if better and self.swaps.gate == "auto" else announced)[-1]  # one is worth a swap
+            better = [ready for ready in announced if self._kept_out_by(ready.verdict) is None]
+            newest = (better or announced)[-1]  # one is worth a swap
             try:
                 await self._take(newest)
             except (CheckpointError, UnknownVersion, SwapRefused, DraftHeld, NotAttached) as error:
@@ -237,21 +246,34 @@ class ControlService:
                 logger.exception("draft training: %s stays out", newest.path)
 
     async def _take(self, ready: control.VersionReady) -> None:
-        version = await self.swaps.add(Path(ready.path), "trainer", by_trainer=True)
-        verdict, gate = ready.verdict, self.swaps.gate
+        version = await self.swaps.add(Path(ready.path), TRAINER, by_trainer=True)
+        verdict = ready.verdict
         if verdict is not None:
             self._verdicts[version] = verdict
             if len(self._verdicts) > _VERDICTS:
                 del self._verdicts[min(self._verdicts)]
-        why = verdict.why if verdict else "not compared"
-        if gate == "off" or (gate == "auto" and (verdict is None or verdict.passed)):
-            try:
-                await self.swaps.activate(version, "trainer", why, gate=gate)
-            except GateChanged:
-                await self._take(ready)
-        else:
-            event = "proposed" if gate == "propose" else "held_back"
+        if (why := self._kept_out_by(verdict)) is not None:
+            event = "proposed" if self.swaps.gate == "propose" else "held_back"
             self.swaps.audit.write(event, "gate", version=version, why=why)
+            return
+        try:
+            await self.swaps.activate(
+                version, TRAINER, _told(verdict), if_still=lambda: self._kept_out_by(verdict) is None
+            )
+        except Overtaken:
+            await self._take(ready)
+
+    def _kept_out_by(self, verdict: control.Verdict | None) -> str | None:
+        """Why a version does not go live by itself. One that somebody chose gives way only to what is better than it,
+        not to what was judged before it was there."""
+        gate, active = self.swaps.gate, self.swaps.active
+        if gate == "off":
+            return None
+        if gate == "propose" or (verdict is not None and not verdict.passed):
+            return _told(verdict)
+        if self.swaps.is_chosen and (verdict is None or verdict.against != noted_content(self.swaps.path(active))):
+            return f"not compared with version {active}, which is in service: {_told(verdict)}"
+        return None
 
     def _promised(self) -> float | None:
         """What the trainer says of the version in service, where it is its newest one."""
@@ -300,3 +322,7 @@ def _add_up(counts: list[dict[str, int]]) -> dict[str, int]:
         for reason, tokens in count.items():
             total[reason] = total.get(reason, 0) + tokens
     return total
+
+
+def _told(verdict: control.Verdict | None) -> str:
+    return verdict.why if verdict else "not compared"

@@ -16,6 +16,7 @@ class Manifest(msgspec.Struct, kw_only=True):
     """Written by the server alone; the trainer reads what it must not delete."""
 
     active: int = 0
+    chosen: bool = False  # somebody put it into service, not the trainer
     first: str = "initial"  # folder of version 0, the draft that a server started with before there were others
     earlier: list[int] = []  # versions that were active before, the latest last
     pinned: list[int] = []  # arms of an A/B
@@ -28,10 +29,10 @@ class Manifest(msgspec.Struct, kw_only=True):
     def in_use(self) -> set[int]:
         return {self.active, *self.earlier[-1:], *self.pinned, *self.added}
 
-    def activated(self, version: int) -> None:
+    def activated(self, version: int, *, chosen: bool = False) -> None:
         """Note that a version took the active one's place."""
         earlier = [v for v in self.earlier if v not in (version, self.active)]
-        self.active, self.earlier = version, [*earlier, self.active][-_REMEMBERED:]
+        self.active, self.chosen, self.earlier = version, chosen, [*earlier, self.active][-_REMEMBERED:]
 
     def keep(self, version: int) -> None:
         """Note that somebody added a version: it is not the trainer's to delete."""

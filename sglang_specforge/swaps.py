@@ -7,6 +7,7 @@ log, and the manifest says what a restarted server serves.
 
 import asyncio
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -23,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 _POLL_S = 0.2  # each look costs the scheduler a copy of its configuration
 _LOAD_LIMIT_S = 120.0
+TRAINER = "trainer"  # who it is that changes something
 
 
 class Engine(Protocol):
@@ -50,8 +52,8 @@ class DraftHeld(RuntimeError):
     """Somebody else decides at present which version is active; the message says who, and how to end it."""
 
 
-class GateChanged(RuntimeError):
-    """What the trainer published went by a gate that is another one by now; the active version stays."""
+class Overtaken(RuntimeError):
+    """A change was allowed by what is not so any more; the active version stays."""
 
 
 class Change(NamedTuple):
@@ -98,6 +100,11 @@ class Swaps:
     def active(self) -> int:
         """In service but for an A/B, whose windows do not count."""
         return self._manifest.active
+
+    @property
+    def is_chosen(self) -> bool:
+        """Somebody put the active version into service, not the trainer."""
+        return self._manifest.chosen
 
     @property
     def earlier(self) -> list[int]:
@@ -181,14 +188,20 @@ class Swaps:
             await self._load(self.known(version))
 
     async def activate(
-        self, version: int, who: str, why: str = "", *, event: str = "activated", gate: Mode | None = None
+        self,
+        version: int,
+        who: str,
+        why: str = "",
+        *,
+        event: str = "activated",
+        if_still: Callable[[], bool] = lambda: True,
     ) -> Change:
         """Make a version active on all ranks, or on none; nothing happens where it is.
 
-        With ``gate``, only while that is the gate: somebody may roll back, or set it, while this waits and loads.
+        ``if_still`` is asked last: somebody may roll back, swap, or set the gate, while this waits and loads.
 
         Raises:
-            DraftHeld, UnknownVersion, SwapRefused, GateChanged: the active version stays.
+            DraftHeld, UnknownVersion, SwapRefused, Overtaken: the active version stays.
         """
         async with self._changing:
             self._check_held(who)
@@ -199,11 +212,11 @@ class Swaps:
             resident = all(self.known(version) in rank["bank"]["resident_versions"] for rank in ranks)
             if not resident or len(ranks) > 1:
                 await self._load(version)
-            if gate not in (None, self.gate):
-                raise GateChanged(f"the gate was {gate!r}, and is {self.gate!r}")
+            if not if_still():
+                raise Overtaken(f"version {self.active} is in service, and the gate at {self.gate!r}")
             await self.show(version)
             if version != self.active:
-                self._manifest.activated(version)
+                self._manifest.activated(version, chosen=who != TRAINER)
             self._note()
             step = (await self.ranks())[0]["bank"]["active_since_step"]
             self.audit.write(event, who, **Change(before, version)._asdict(), step=step, why=why)

@@ -4,11 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sglang_specforge.checkpoint import CheckpointError
+from sglang_specforge.checkpoint import CheckpointError, noted_content
 from sglang_specforge.contracts.control import Verdict
 from sglang_specforge.training_settings import Job
 from sglang_specforge.versions import VersionFolder
@@ -115,7 +116,8 @@ class Trainer:
             served = self._learner.simulate(held_out, rival)
         except CheckpointError as error:  # all processes read the same file
             return Verdict(samples=0, passed=False, why=f"the served draft cannot be compared with: {error}")
-        return compare(found, served, settings.gate_confidence, settings.gate_slice_loss)
+        verdict = compare(found, served, settings.gate_confidence, settings.gate_slice_loss)
+        return msgspec.structs.replace(verdict, against=noted_content(rival))
 
     def _take_up_better(self, served: Path | None, verdict: Verdict | None) -> None:
         """One that an operator put into service, or what was there before training went wrong."""

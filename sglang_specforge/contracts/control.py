@@ -85,6 +85,7 @@ class Verdict(msgspec.Struct, kw_only=True):
     gain: float | None = None  # tokens a verification
     low: float | None = None  # lower confidence bound of the gain
     slices: dict[str, float] = {}  # relative gain of each
+    against: str | None = None  # SHA-256 of the weights of the draft in service, as it was when that was judged
     passed: bool
     why: str
 

@@ -11,7 +11,7 @@ from sglang_specforge.checkpoint import FINGERPRINT_KEY, CheckpointError, conten
 from sglang_specforge.manifest import Manifest
 from sglang_specforge.new_draft import init_draft
 from sglang_specforge.settings import Run
-from sglang_specforge.swaps import DraftHeld, GateChanged, SwapRefused, Swaps, UnknownVersion
+from sglang_specforge.swaps import DraftHeld, Overtaken, SwapRefused, Swaps, UnknownVersion
 from tests.tiny import make_run, make_target
 
 
@@ -77,11 +77,11 @@ def test_a_rollback_is_not_undone_by_what_the_trainer_had_published_before_it(ru
         groups = Groups()
         swaps = Swaps(run, groups)
         first, second = [await swaps.add(draft, "trainer") for draft in drafts[:2]]
-        await swaps.activate(first, "trainer", gate=swaps.gate)
+        await swaps.activate(first, "trainer", if_still=lambda: swaps.gate == "auto")
         rolling = asyncio.create_task(swaps.roll_back("me", "worse"))
-        waiting = asyncio.create_task(swaps.activate(second, "trainer", gate=swaps.gate))
+        waiting = asyncio.create_task(swaps.activate(second, "trainer", if_still=lambda: swaps.gate == "auto"))
         assert await rolling == (first, 0)
-        with pytest.raises(GateChanged, match="the gate was 'auto', and is 'propose'"):
+        with pytest.raises(Overtaken, match="version 0 is in service, and the gate at 'propose'"):
             await waiting
         assert active(groups) == {0}
         await swaps.activate(second, "me")
