@@ -105,7 +105,7 @@ class Watch:
             if self.far and self.far.is_leased:
                 self.far.keep()
             active = status["draft"]["active_version"]
-            self.serves = self.far.paths.get(active) if self.far else run.version_path(active)
+            self.serves = self.far.checkpoint(active) if self.far else run.version_path(active)
         except (Unanswered, EndpointTaken) as error:
             silence = str(error)
         if silence and not self.silence:

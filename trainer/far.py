@@ -2,6 +2,7 @@
 
 import logging
 import queue
+import shutil
 import threading
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -50,6 +51,8 @@ class Far:
         self.paths: dict[int, Path] = {}  # of the server's versions, those that are here as well
         self._url, self._api_key, self._own, self._peer = url, api_key, Identity.new(), peer
         self._versions = versions
+        self._copies = versions.root / f"copied-{port}"  # of drafts that came to the server from elsewhere
+        self._copying: threading.Thread | None = None
         self._to_bring: queue.SimpleQueue[VersionReady | None] = queue.SimpleQueue()
         self._brought: queue.SimpleQueue[VersionReady] = queue.SimpleQueue()
 
@@ -71,7 +74,8 @@ class Far:
         """Now and then: renew the lease, and see which of the server's versions are here as well. Raises as ``lease``
         does."""
         self._ask_for_lease()
-        folders = [self._versions.root / "initial", *map(self._versions.path, self._versions.published())]
+        own = [self._versions.root / "initial", *map(self._versions.path, self._versions.published())]
+        folders = [*own, *self._copies.glob("*")]
         here = {content: folder for folder in folders if (content := noted_content(folder))}
         told = self._ask("GET", "/draft/versions", timeout=_LEASE_TIMEOUT_S).json()
         self.paths = {one["version"]: here[one["sha256"]] for one in told if one["sha256"] in here}
@@ -84,6 +88,30 @@ class Far:
             self._ask("DELETE", "/draft/reader", params={"key": self._own.public}, timeout=_LEASE_TIMEOUT_S)
         except Unanswered as error:
             logger.info("draft training: the lease runs out by itself: %s", error)
+
+    def checkpoint(self, version: int) -> Path | None:
+        """Where the server's version is on this machine; one that is not is copied, in a thread: the way may be longer
+        than a lease."""
+        here = self.paths.get(version)
+        if here is None and not (self._copying and self._copying.is_alive()):
+            self._copying = threading.Thread(
+                target=self._copy, args=(version,), name=f"specforge-copy-{self._url}", daemon=True
+            )
+            self._copying.start()
+        return here
+
+    def _copy(self, version: int) -> None:
+        copy, earlier = (
+            self._copies / str(version),
+            sorted(self._copies.glob("*"), key=lambda path: path.stat().st_mtime),
+        )
+        for old in earlier[:-1]:  # the latest may be compared with just now
+            shutil.rmtree(old, ignore_errors=True)
+        try:
+            self.fetch(version, copy)
+            self.paths = {**self.paths, version: copy}
+        except (Unanswered, OSError) as error:
+            logger.warning("draft training: the draft in service cannot be compared with yet: %s", error)
 
     def fetch(self, version: int, folder: Path) -> Path:
         """Copy one of the server's checkpoints to ``folder``. Raises Unanswered."""

@@ -1,5 +1,6 @@
 """The trainer's main loop: draw a step's samples, learn from them, publish what was learnt."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +20,8 @@ from trainer.learner import Learner, Trained
 from trainer.resume import Checkpoints, Position
 from trainer.sample import Sample
 from trainer.share import gather, tell
+
+logger = logging.getLogger(__name__)
 
 
 class Source(Protocol):
@@ -122,9 +125,13 @@ class Trainer:
     def _take_up_better(self, served: Path | None, verdict: Verdict | None) -> None:
         """One that an operator put into service, or what was there before training went wrong."""
         self._worse = self._worse + 1 if verdict and verdict.is_clearly_worse else 0
-        if self._worse and self._worse == self._job.settings.take_up_after:
+        if not self._worse or self._worse != self._job.settings.take_up_after:
+            return
+        self._worse = 0
+        try:
             self._learner.take_up(served)
-            self._worse = 0
+        except CheckpointError as error:
+            logger.error("draft training: the draft in service cannot be gone on from: %s", error)
 
     def _follow_vocabulary(self) -> None:
         """The next version may say other tokens than the one before."""

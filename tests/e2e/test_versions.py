@@ -26,6 +26,7 @@ from sglang_specforge.checkpoint import content_of, load_config, read_tensors
 from sglang_specforge.traffic import stream_prompts
 from tests.e2e.conftest import TARGET, TRAINING, customize_servers, prompts, wait_for
 from tests.e2e.test_attach import AttachedTrainer
+from tests.e2e.test_far import far_trainer
 
 CLI = [sys.executable, "-m", "sglang_specforge"]
 LEARNING = {
@@ -142,16 +143,23 @@ def test_the_guard_takes_back_a_worse_draft_that_was_forced_past_the_gate(learni
     assert learning.post("/draft/activate", json={"version": proposed[-1]["version"]}).json()["changed"]
 
 
-@pytest.fixture(params=["spawn", "none"], ids=["its own trainer", "attached trainer"])
+@pytest.fixture(params=["its own trainer", "attached trainer", "trainer elsewhere"])
 def not_learning(start, request, tmp_path):
     """A server whose trainer's draft stays what it is."""
-    client = start("--dtype", "float32", training={**LEARNING, "learning-rate": 1e-9, "trainer": request.param})
-    if request.param == "spawn":
-        yield client
-        return
-    trainer = AttachedTrainer([client], tmp_path / "attached", ("-m", "trainer"), ("--learning-rate", 1e-9))
+    settings, rate = {**LEARNING, "learning-rate": 1e-9}, ("--learning-rate", 1e-9)
+    trainer = None
+    if request.param == "its own trainer":
+        client = start("--dtype", "float32", training=settings)
+    else:
+        name = ("--served-model-name", request.param)  # no server is that of another test
+        client = start("--dtype", "float32", *name, training={**settings, "trainer": "none"})
+        if request.param == "attached trainer":
+            trainer = AttachedTrainer([client], tmp_path / "run", ("-m", "trainer"), rate)
+        else:
+            trainer = far_trainer(client, tmp_path, *rate)
     yield client
-    trainer.end()
+    if trainer is not None:
+        trainer.end()
 
 
 def test_training_goes_on_from_a_better_draft_that_was_swapped_in(not_learning, drafts, reference):
