@@ -57,7 +57,7 @@ def _slow_commands() -> dict[str, EntryPoint]:
 
 def _docstring(entry: EntryPoint) -> str | None:
     spec = importlib.util.find_spec(entry.module)
-    source = ast.parse(Path(spec.origin).read_text()).body if spec and spec.origin else []
+    source = ast.parse(Path(spec.origin).read_bytes()).body if spec and spec.origin else []
     functions = (part for part in source if isinstance(part, ast.FunctionDef) and part.name == entry.attr)
     return next(map(ast.get_docstring, functions), None)
 

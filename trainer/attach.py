@@ -104,8 +104,9 @@ class Watch:
             self.moved = {name: time.time() - move["since_s"] for name, move in moved.items()}
             if self.far and self.far.is_leased:
                 self.far.keep()
-            active = status["draft"]["active_version"]
-            self.serves = self.far.checkpoint(active) if self.far else run.version_path(active)
+            if status["draft"]["held_by"] is None:  # what an A/B shows goes again
+                active = status["draft"]["active_version"]
+                self.serves = self.far.checkpoint(active) if self.far else run.version_path(active)
         except (Unanswered, EndpointTaken) as error:
             silence = str(error)
         if silence and not self.silence:

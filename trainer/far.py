@@ -101,15 +101,12 @@ class Far:
         return here
 
     def _copy(self, version: int) -> None:
-        copy, earlier = (
-            self._copies / str(version),
-            sorted(self._copies.glob("*"), key=lambda path: path.stat().st_mtime),
-        )
-        for old in earlier[:-1]:  # the latest may be compared with just now
+        copies = sorted(self._copies.glob("*"), key=lambda copy: copy.stat().st_mtime)
+        for old in copies[:-1]:  # the latest may be compared with just now
             shutil.rmtree(old, ignore_errors=True)
         try:
-            self.fetch(version, copy)
-            self.paths = {**self.paths, version: copy}
+            copied = self.fetch(version, self._copies / str(version))
+            self.paths = {**self.paths, version: copied}
         except (Unanswered, OSError) as error:
             logger.warning("draft training: the draft in service cannot be compared with yet: %s", error)
 
