@@ -171,9 +171,9 @@ def test_training_goes_on_from_a_better_draft_that_was_swapped_in(not_learning, 
         assert active(client) == swapped_in
         published = client.status()["trainer"]["version"]
         newest = wait_for("a version of it", lambda: (t := client.status()["trainer"])["version"] > published and t)
-        assert newest["held_out_acceptance_length"] > LEARNT - 0.2
-    verdicts = [one["verdict"] or {"gain": None} for one in client.get("/draft/versions").json()]
-    assert sum((verdict["gain"] or 0) < -0.3 for verdict in verdicts) >= 3  # of what it had learnt by itself
+        assert newest["held_out_acceptance_length"] > 1.2  # by itself, it had learnt nothing
+    gains = [one["verdict"]["gain"] for one in client.get("/draft/versions").json() if one["verdict"]]
+    assert sum(gain is not None and gain < -0.2 for gain in gains) >= 3
 
 
 @pytest.fixture
