@@ -117,11 +117,12 @@ class OnlineSettings(TrainingSettings):
     gate_slice_loss: float = Field(
         0.05, ge=0, description="Most that a slice may lose of its acceptance length, as a share, before it does."
     )
-    take_up_after: int = Field(
-        3,
+    take_up_loss: float = Field(
+        0.05,
         ge=0,
-        description="New versions in succession that are worse than the draft in service, as sure as the gate would "
-        "have to be of a gain, after which training goes on from that draft; 0: never.",
+        le=1,
+        description="Where three new versions in succession are worse than the draft in service, as surely as the gate "
+        "asks for a gain, by this share of its acceptance length or more, training goes on from that draft; 1: never.",
     )
     publish_every_s: float = Field(60.0, gt=0, description="Shortest time between two published versions, in seconds.")
 

@@ -37,7 +37,8 @@ def compare(candidate: Judged, served: Judged, confidence: float, most_slice_los
     elif worst is not None and slices[worst] < -most_slice_loss:
         why = f"slice {worst!r} loses {-slices[worst]:.1%}; overall {why}"
     passed = low > 0 and (worst is None or slices[worst] >= -most_slice_loss)
-    return Verdict(samples=len(gains), gain=gain, low=low, slices=slices, passed=passed, why=why)
+    length = statistics.fmean(old for _, _, old in lengths)
+    return Verdict(samples=len(gains), gain=gain, low=low, served=length, slices=slices, passed=passed, why=why)
 
 
 def _t(confidence: float, samples: int) -> float:

@@ -23,6 +23,8 @@ from trainer.share import gather, tell
 
 logger = logging.getLogger(__name__)
 
+_WORSE_VERSIONS = 3  # in succession, after which training goes on from the draft in service
+
 
 class Source(Protocol):
     """Where samples come from, and who hears of what was learnt. ``draw`` and ``held_out`` are called by all processes
@@ -123,9 +125,11 @@ class Trainer:
         return msgspec.structs.replace(verdict, against=noted_content(rival))
 
     def _take_up_better(self, served: Path | None, verdict: Verdict | None) -> None:
-        """One that an operator put into service, or what was there before training went wrong."""
-        self._worse = self._worse + 1 if verdict and verdict.is_clearly_worse else 0
-        if not self._worse or self._worse != self._job.settings.take_up_after:
+        """One that an operator put into service, or what was there before training went wrong. What is a little worse
+        is left to learn: the draft in service is the best of many."""
+        is_worse = verdict is not None and verdict.least_loss > self._job.settings.take_up_loss
+        self._worse = self._worse + 1 if is_worse else 0
+        if self._worse < _WORSE_VERSIONS:
             return
         self._worse = 0
         try:

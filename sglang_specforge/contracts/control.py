@@ -84,15 +84,17 @@ class Verdict(msgspec.Struct, kw_only=True):
     samples: int
     gain: float | None = None  # tokens a verification
     low: float | None = None  # lower confidence bound of the gain
+    served: float | None = None  # acceptance length of the draft in service there
     slices: dict[str, float] = {}  # relative gain of each
     against: str | None = None  # SHA-256 of the weights of the draft in service, as it was when that was judged
     passed: bool
     why: str
 
     @property
-    def is_clearly_worse(self) -> bool:
-        """The upper bound, which is as far from the gain as the lower one, is below zero."""
-        return self.gain is not None and 2 * self.gain - self.low < 0
+    def least_loss(self) -> float:
+        """Share of the served draft's acceptance length that is lost, by the upper bound of the gain, which is as far
+        from it as the lower one; 0 where it may be a gain."""
+        return 0.0 if self.gain is None else max(0.0, (self.low - 2 * self.gain) / self.served)
 
 
 class VersionReady(msgspec.Struct, tag="version_ready", kw_only=True):

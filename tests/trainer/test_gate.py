@@ -62,11 +62,17 @@ def test_too_few_samples_are_no_evidence():
     assert "3 held-out samples are too few" in verdict.why
 
 
-@pytest.mark.parametrize(("gain", "is_worse"), [(-0.3, True), (-0.01, False), (0.3, False)])
-def test_it_is_worse_only_where_that_is_beyond_chance(gain, is_worse):
-    verdict = compare(judged(noisy(1.5 + gain, 16, seed=2)), judged(noisy(1.5, 16, seed=3)), 0.95, 1.0)
-    assert verdict.is_clearly_worse == is_worse
+def test_a_loss_is_what_is_lost_beyond_chance():
+    verdict = compare(judged(noisy(1.2, 16, seed=2)), judged(noisy(1.5, 16, seed=3)), 0.95, 1.0)
+    lost = -verdict.gain / verdict.served
+    assert 0.3 / 1.8 / 2 < verdict.least_loss < lost
+    assert verdict.gain + verdict.served * verdict.least_loss == pytest.approx(verdict.low - verdict.gain)
 
 
-def test_of_too_few_samples_nothing_is_worse():
-    assert not compare(judged([1.0] * 3), judged([2.0] * 3), 0.95, 0.05).is_clearly_worse
+@pytest.mark.parametrize("gain", [-0.01, 0.3])
+def test_what_may_be_a_gain_is_no_loss(gain):
+    assert compare(judged(noisy(1.5 + gain, 16, seed=2)), judged(noisy(1.5, 16, seed=3)), 0.95, 1.0).least_loss == 0
+
+
+def test_of_too_few_samples_nothing_is_lost():
+    assert compare(judged([1.0] * 3), judged([2.0] * 3), 0.95, 0.05).least_loss == 0

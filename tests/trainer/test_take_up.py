@@ -19,7 +19,9 @@ from trainer.loop import Trainer
 from trainer.resume import Checkpoints, OfflinePosition
 
 CPU = torch.device("cpu")
-WORSE, AS_GOOD = (Verdict(samples=9, gain=gain, low=gain - 0.1, passed=False, why="") for gain in (-0.5, 0.0))
+WORSE, A_LITTLE_WORSE = (
+    Verdict(samples=9, gain=gain, low=gain - 0.1, served=2.0, passed=False, why="") for gain in (-0.5, -0.18)
+)
 
 
 class Publishing:
@@ -110,7 +112,7 @@ def ran(tmp_path):
 
 @pytest.mark.parametrize("settings", [{}, {"optimizer": "muon"}], ids=str)
 def test_the_third_in_succession_takes_up_weights_and_vocabulary_and_two_processes_do_as_one(ran, settings):
-    verdicts = [WORSE, AS_GOOD, WORSE, WORSE, WORSE, WORSE]
+    verdicts = [WORSE, A_LITTLE_WORSE, WORSE, WORSE, WORSE, WORSE]
     one, served, _ = ran(verdicts, **settings)
     assert one["taken_up"] == [0, 0, 0, 0, 0, 1]
     assert one["known"][4] > 0
@@ -125,7 +127,7 @@ def test_the_third_in_succession_takes_up_weights_and_vocabulary_and_two_process
 
 
 def test_nothing_is_taken_up_where_the_operator_wants_that(ran):
-    one, *_ = ran([WORSE] * 4, take_up_after=0)
+    one, *_ = ran([WORSE] * 4, take_up_loss=1)
     assert one["taken_up"] == [0] * 4
 
 
