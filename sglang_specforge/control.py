@@ -246,7 +246,7 @@ class ControlService:
                 logger.exception("draft training: %s stays out", newest.path)
 
     async def _take(self, ready: control.VersionReady) -> None:
-        version = await self.swaps.add(Path(ready.path), TRAINER, by_trainer=True)
+        version = await self.swaps.add(Path(ready.path), TRAINER)
         verdict = ready.verdict
         if verdict is not None:
             self._verdicts[version] = verdict

@@ -190,9 +190,7 @@ def make_router(service: ControlService, run: Run) -> APIRouter:
         activate: Annotated[bool, Form()] = True,
         why: Annotated[Why, Form()] = "",
     ) -> dict[str, Any]:
-        with _answered():
-            path = await asyncio.to_thread(swaps.uploads.save, config.file, weights.file)
-        return await add_version(NewVersion(path=path, activate=activate, why=why), request)
+        return await add_version(NewVersion(**await upload(config, weights), activate=activate, why=why), request)
 
     router.add_api_route(
         "/versions", add_upload, methods=["POST"], route_class_override=_OfForms, include_in_schema=False

@@ -36,7 +36,7 @@ def _rows(status: dict[str, Any]) -> list[tuple[str, str]]:
         ("  buffered", f"{tokens['buffered']:,}"),
         ("  in flight", f"{tokens['in_flight']:,}"),
         ("  dropped", ", ".join(f"{count:,} {reason}" for reason, count in dropped.items()) or "0"),
-        ("trainer", f"{trainer['state']}, step {trainer['step']}, loss {_number(trainer['loss'])}{_skipped(trainer)}"),
+        ("trainer", f"{trainer['state']}, step {trainer['step']}, loss {_number(trainer['loss'])}{_rare(trainer)}"),
         ("  held-out acceptance", _number(trainer["held_out_acceptance_length"])),
         (
             "  trains on",
@@ -104,10 +104,12 @@ def _vocabulary(found: dict[str, Any]) -> str:
     return f"{found['tokens']:,} tokens hold {found['coverage']:.1%} of {found['counted']:,} trained on{anew}"
 
 
-def _skipped(trainer: dict[str, Any]) -> str:
-    steps, taken_up = trainer["skipped_steps"], trainer["taken_up"]
-    skipped = f", {steps:,} steps changed nothing (gradients not finite)" if steps else ""
-    return skipped + (f", {taken_up:,} times gone on from the draft in service" if taken_up else "")
+def _rare(trainer: dict[str, Any]) -> str:
+    counts = {
+        "steps changed nothing (gradients not finite)": trainer["skipped_steps"],
+        "times gone on from the draft in service": trainer["taken_up"],
+    }
+    return "".join(f", {count:,} {what}" for what, count in counts.items() if count)
 
 
 def _number(value: float | None) -> str:

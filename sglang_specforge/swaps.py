@@ -130,7 +130,7 @@ class Swaps:
         self._manifest.moved = moved
         self._note()
 
-    async def add(self, checkpoint: Path, who: str, *, by_trainer: bool = False) -> int:
+    async def add(self, checkpoint: Path, who: str) -> int:
         """Make a checkpoint a version of the run folder; returns its number. Trainers' come and go, others are kept.
 
         Raises:
@@ -142,7 +142,7 @@ class Swaps:
         version = await asyncio.to_thread(self._adopt, checkpoint)
         if version > before:
             self.audit.write("added", who, version=version, path=checkpoint)
-            if not by_trainer:
+            if who != TRAINER:
                 self._manifest.keep(version)
                 self._note()
         return version

@@ -239,7 +239,7 @@ def test_what_was_added_by_hand_is_not_deleted_for_newer_ones(run, drafts):
         swaps = Swaps(run, Groups())
         added = await swaps.add(drafts[0], "me")
         for draft in drafts[1:]:
-            await swaps.add(draft, "trainer", by_trainer=True)
+            await swaps.add(draft, "trainer")
         assert swaps.known_versions() == [0, added, 3, 4, 5]  # three are kept of the others
 
     asyncio.run(story())

@@ -13,10 +13,11 @@ from sglang_specforge.contracts.control import Verdict
 from sglang_specforge.settings import Run
 from sglang_specforge.versions import VersionFolder
 from tests.tiny import make_run, make_sample, make_target
+from tests.trainer.bare_source import BareSource
 from trainer import loop
 from trainer.learner import Learner
 from trainer.loop import Trainer
-from trainer.resume import Checkpoints, OfflinePosition
+from trainer.resume import Checkpoints
 
 CPU = torch.device("cpu")
 WORSE, A_LITTLE_WORSE = (
@@ -24,11 +25,12 @@ WORSE, A_LITTLE_WORSE = (
 )
 
 
-class Publishing:
+class Publishing(BareSource):
     """A source whose every step makes a version; notes the draft, and what the optimizers know, before each."""
 
     def __init__(self, learner: Learner, served: Path, steps: int) -> None:
-        self.learner, self.steps, self._served = learner, steps, served
+        super().__init__(learner, steps)
+        self._served = served
         self.drafts, self.known, self.results = [], [], []
         self._passes = [[make_sample(24)]] if dist.get_rank() == 0 else [[]]
 
@@ -47,27 +49,6 @@ class Publishing:
 
     def wants_version(self, step):
         return True
-
-    def is_finished(self):
-        return self.learner.step == self.steps
-
-    def held_out(self):
-        return []
-
-    def position(self):
-        return OfflinePosition(dataset="d")
-
-    def better_vocabulary(self, t2d_V):
-        return None
-
-    def published(self, version, step, evaluated):
-        pass
-
-    def beat(self, learning):
-        pass
-
-    def close(self):
-        pass
 
 
 def serve_another(run: Run) -> Path:

@@ -16,6 +16,7 @@ from sglang_specforge.settings import Run
 from sglang_specforge.target import load_embedding_and_head
 from sglang_specforge.versions import VersionFolder
 from tests.tiny import VOCAB, make_run, make_sample, make_target
+from tests.trainer.bare_source import BareSource
 from trainer.learner import Learner
 from trainer.loop import Trainer
 from trainer.replay import ReplayBuffer
@@ -64,11 +65,12 @@ def test_tokens_are_counted_where_the_draft_learns_them_and_not_of_what_is_held_
             assert all(counts_V[token] == (0 if held_out else count) for token, count in expected.items())
 
 
-class OneSample:
+class OneSample(BareSource):
     """A source whose draft is to say other tokens after the first version; notes what the draft is before each step."""
 
     def __init__(self, learner: Learner) -> None:
-        self.learner, self.drafts, self.moments, self.losses = learner, [], [], []
+        super().__init__(learner, steps=4)
+        self.drafts, self.moments, self.losses = [], [], []
         states_TH = 100 * torch.randn(24, 16, generator=torch.Generator().manual_seed(1))
         self._passes = [[make_sample(24, last_TH=states_TH)]] if dist.get_rank() == 0 else [[]]
 
@@ -87,27 +89,6 @@ class OneSample:
 
     def wants_version(self, step):
         return step == 1
-
-    def is_finished(self):
-        return self.learner.step == 4
-
-    def held_out(self):
-        return []
-
-    def position(self):
-        return OfflinePosition(dataset="d")
-
-    def rival(self):
-        return None
-
-    def published(self, version, step, evaluated):
-        pass
-
-    def beat(self, learning):
-        pass
-
-    def close(self):
-        pass
 
 
 def moments(learner: Learner) -> list[torch.Tensor]:
