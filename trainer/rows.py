@@ -41,6 +41,12 @@ class Rows(NamedTuple):
         some = (t for t in (self.aux_N3H, self.last_NH, self.embeds_MH) if t.numel())
         return all(bool(torch.stack(t.aminmax()).isfinite().all()) for t in some)
 
+    def is_finite_N(self) -> Tensor:
+        """Of which rows all values are, bool [N]."""
+        finite_N = self.aux_N3H.isfinite().all(-1) & self.last_NH.isfinite().all(-1)
+        finite_N[self.tokens_N < 0] &= self.embeds_MH.isfinite().all(-1)
+        return finite_N
+
     @property
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self)

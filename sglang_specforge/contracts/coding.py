@@ -35,11 +35,12 @@ def pack(states_NW: Tensor, travel: Travel) -> Tensor:
 
 
 def unpack(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """A copy of the states, [N, W], in ``dtype`` (None: as they travelled; float8 becomes float32)."""
+    """The states, [N, W], in ``dtype`` (None: as they travelled; float8 becomes float32). They share the rows' memory
+    where nothing changes."""
     if rows.dtype == torch.uint8:
         values_NW, scale_N4 = rows[:, :-SCALE_BYTES].view(FLOAT8), rows[:, -SCALE_BYTES:].contiguous()
         return from_float8(values_NW, scale_N4.view(torch.float32)[:, 0]).to(dtype or torch.float32)
-    return rows.to(dtype or rows.dtype, copy=True)
+    return rows.to(dtype or rows.dtype)
 
 
 def target_row_bytes(hidden_size: int, served_dtype: str, travel: Travel) -> int:

@@ -86,9 +86,12 @@ def decode(
         _check(0 < remote.nbytes < 1 << 48, "bytes of a segment", remote.nbytes)
         _check(0 < remote.reader <= 1 << 62, "number of a reader", remote.reader)
     tensors = _tensors(message, frames[1:], expected, ring_of(message.stream))
+    tokens_N = tensors["tokens_N"].numpy()
+    if expected is not None:
+        _check_tokens(tokens_N, expected)
     for span in message.spans:
-        _check_span(span, tensors["tokens_N"], expected)
-    _check(message.tokens <= len(tensors["tokens_N"]), "rows of all spans, more than there are", message.tokens)
+        _check_span(span, len(tokens_N), expected)
+    _check(message.tokens <= len(tokens_N), "rows of all spans, more than there are", message.tokens)
     return message, tensors
 
 
@@ -125,7 +128,7 @@ def _tensors(
         if part.nbytes != nbytes:
             raise WireError(f"tensor frames do not fit the header: {part.nbytes} bytes for {layout}")
         tensors[layout.name] = torch.frombuffer(part, dtype=dtype).view(shape)
-    below_zero = int((tensors["tokens_N"] < 0).sum())
+    below_zero = int(np.count_nonzero(tensors["tokens_N"].numpy() < 0))
     _check(below_zero == len(tensors.get("embeds_MH", ())), "tokens below zero, not one for each embedding", below_zero)
     place_bytes = len(message.places)
     _check(place_bytes == PLACE_BYTES * below_zero, f"bytes of places for {below_zero} embeddings", place_bytes)
@@ -144,19 +147,25 @@ def _part(ring: Ring | None, offset: int, nbytes: int) -> memoryview:
     return ring[offset : offset + nbytes]
 
 
-def _check_span(span: Span, tokens_N: Tensor, expected: Expected | None) -> None:
-    _check(0 < span.length <= len(tokens_N), "length of a span", span.length)
-    _check(0 <= span.row <= len(tokens_N) - span.length, f"first row of a span of {span.length}", span.row)
+def _check_span(span: Span, rows: int, expected: Expected | None) -> None:
+    """Asked of each request of each pass, so no text is made, nor a tensor."""
+    _check(0 < span.length <= rows, "length of a span", span.length)
+    _check(0 <= span.row <= rows - span.length, "first row of a span", span.row)
     _check(0 <= span.start < _MOST_POSITIONS, "position of a span", span.start)
     _check(0 <= span.prompt_tokens <= _MOST_POSITIONS, "tokens of a prompt", span.prompt_tokens)
-    _check(len(span.prefix) in (0, 8 * span.start), f"bytes of tokens for a prefix of {span.start}", len(span.prefix))
     _check(len(span.rid) <= _LONGEST_ID, "characters in a request's name", len(span.rid))
     _check(len(span.slice) <= _LONGEST_ID, "characters in a slice's name", len(span.slice))
+    if span.prefix:
+        _check(len(span.prefix) == 8 * span.start, "bytes of tokens for another prefix", len(span.prefix))
     if expected is not None:
         _check(-1 <= span.rejected < expected.vocab_size, "a refused token", span.rejected)
-        for tokens in (tokens_N[span.row : span.row + span.length].numpy(), np.frombuffer(span.prefix, np.int64)):
-            if tokens.size and tokens.max() >= expected.vocab_size:
-                raise WireError(f"token {tokens.max()}; this target has {expected.vocab_size}")
+        if span.prefix:
+            _check_tokens(np.frombuffer(span.prefix, np.int64), expected)
+
+
+def _check_tokens(tokens_N: np.ndarray, expected: Expected) -> None:
+    if tokens_N.size and (highest := tokens_N.max()) >= expected.vocab_size:
+        raise WireError(f"token {highest}; this target has {expected.vocab_size}")
 
 
 def _check(accepted: bool, what: str, value: int) -> None:

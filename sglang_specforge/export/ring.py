@@ -38,6 +38,7 @@ class HostRing:
             logger.warning("draft training: captured states are sent through sockets: %s", error)
             self._memory = torch.empty(capacity_bytes, dtype=torch.uint8, pin_memory=pinned)
         self._reserved = 0  # bytes ever reserved, padding included; written by the reserving thread
+        self._origin = 0  # likewise: how many had been when the ring was last found empty, and begun anew
         self._released = 0  # bytes ever released; written by the releasing thread
         self._regions: deque[Region] = deque()
 
@@ -51,13 +52,17 @@ class HostRing:
 
     def room_bytes(self) -> int:
         """The largest region that can be had now; releasing only adds to it."""
-        free, tail = self.capacity_bytes - self.used_bytes, self.capacity_bytes - self._reserved % self.capacity_bytes
+        if not self.used_bytes:
+            return self.capacity_bytes
+        free, tail = self.capacity_bytes - self.used_bytes, self.capacity_bytes - self._next
         return free if free <= tail else max(tail, free - tail)
 
     def reserve(self, nbytes: int) -> Region | None:
         """A region of ``nbytes``, or None where there is no room for it now."""
         size = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-        start = self._reserved % self.capacity_bytes
+        if not self.used_bytes:
+            self._origin = self._reserved
+        start = self._next
         skipped = 0 if start + size <= self.capacity_bytes else self.capacity_bytes - start
         if self.used_bytes + skipped + size > self.capacity_bytes:
             return None
@@ -66,6 +71,11 @@ class HostRing:
         self._regions.append(region)
         self._reserved = region.end
         return region
+
+    @property
+    def _next(self) -> int:
+        """Where the next region begins, if it ends before the ring does."""
+        return (self._reserved - self._origin) % self.capacity_bytes
 
     def release(self, region: Region) -> None:
         """Give a region back; from the releasing thread only."""

@@ -24,7 +24,6 @@ def test_a_row_comes_back_as_near_as_its_coding_allows(dtype, travel, most):
     assert rows.nbytes == ROWS * row_bytes(sent, travel)
     found = unpack(rows, dtype)
     assert found.dtype == dtype
-    assert found.data_ptr() != rows.data_ptr()  # the memory that it came in is given back
     largest_N = sent.abs().amax(-1, keepdim=True).float()
     assert ((found - sent).abs().float() <= most * torch.maximum(sent.abs().float(), largest_N / 2**9) + 1e-30).all()
 

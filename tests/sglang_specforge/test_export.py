@@ -274,6 +274,21 @@ def test_the_ring_wraps_and_never_hands_out_memory_twice():
     assert ring.reserve(ring.room_bytes()) is not None
 
 
+def test_an_empty_ring_takes_a_pass_as_large_as_itself_wherever_it_had_got_to():
+    ring = HostRing(1024, pinned=False)
+    small = ring.reserve(320)
+    assert ring.room_bytes() == 704
+    ring.release(small)
+    assert ring.room_bytes() == 1024
+    large = ring.reserve(1024)
+    assert large.bytes.numel() == 1024
+    assert ring.reserve(1) is None
+    ring.release(large)
+    ring.reserve(640).bytes.fill_(1)
+    assert ring.reserve(320).bytes.fill_(2).numel() == 320
+    assert ring.used_bytes == 960
+
+
 @pytest.mark.parametrize("damage", ["header", "frame", "rows", "prefix", "protocol", "missing"])
 def test_a_damaged_message_is_refused(damage):
     copier = HostCopier(HostRing(1 << 16, False), torch.device("cpu"))

@@ -117,6 +117,58 @@ def test_states_that_are_not_finite_are_a_hole_and_stay_out_of_the_prefix_store(
     assert sample.rows.are_finite()
 
 
+def test_answers_that_are_not_finite_end_the_sample_row_by_row():
+    assembler, ledger = make()
+    capture(assembler, 0, 4)
+    spoilt = rows(4, 4)
+    spoilt["last_NH"][2, 1] = torch.nan
+    for start, tensors in ((4, spoilt), (8, rows(8, 2))):
+        length = len(tensors["tokens_N"])
+        assembler.add(Captured(STREAM, 0, 0, [Span("a", start, length, 0, 4, 0, 7)], []), tensors)
+    (sample,) = finish(assembler, 10)
+    assert sample.tokens_T.tolist() == list(range(100, 106))
+    assert sample.proposals == [(4, 7)]
+    assert ledger.dropped == {"not_finite": 1, "gap": 3}
+    capture(assembler, 0, 1, rid="b", prompt=1)
+    assembler.add(Captured(STREAM, 0, 0, [Span("b", 1, 4, 0, 1, 0, 7)], []), spoilt)
+    assert len(finish(assembler, 5, rid="b")[0]) == 3
+    spoilt["aux_N3H"][0, 0] = torch.inf
+    assembler.add(Captured(STREAM, 0, 0, [Span("c", 4, 4, 0, 4, 4, 7)], []), spoilt)
+    assert finish(assembler, 8, rid="c") == []
+    assert ledger.dropped == {"not_finite": 4, "gap": 6}
+
+
+def test_samples_keep_what_came_when_its_memory_is_used_again():
+    """That of the message, the exporter's; and that of the request, which the next one's rows are gathered in."""
+    assembler, _ = make(max_tokens=1000)
+    samples = []
+    for rid in "abc":
+        for start in range(0, 200, 5):
+            tensors = rows(start, 5, tag=ord(rid))
+            assembler.add(Captured(STREAM, 0, 0, [Span(rid, start, 5, 0, 4, 0, -1)], []), tensors)
+            for tensor in tensors.values():
+                tensor.fill_(-1)
+        samples += finish(assembler, 200, rid=rid)
+    for rid, sample in zip("abc", samples, strict=True):
+        wanted = rows(0, 200, tag=ord(rid))
+        assert torch.equal(sample.aux_T3H, wanted["aux_N3H"]), rid
+        assert torch.equal(sample.last_TH, wanted["last_NH"])
+        assert torch.equal(sample.tokens_T, wanted["tokens_N"])
+
+
+def test_what_was_overwritten_while_it_was_read_is_no_part_of_a_sample():
+    assembler, ledger = make()
+    capture(assembler, 0, 4)
+    overwritten = Captured(STREAM, 0, 0, [Span("a", 4, 3, 0, 4, 0), Span("b", 0, 3, 0, 4, 0)], [])
+    assert assembler.add(overwritten, rows(4, 6, tag=5), lambda: False) == []
+    capture(assembler, 4, 2)
+    (sample,) = finish(assembler, 6)
+    assert sample.aux_T3H[:, 0].tolist() == [0, 10, 20, 30, 40, 50]
+    assert ledger.dropped == {"overwritten": 6}
+    assert finish(assembler, 3, rid="b") == []
+    assert assembler.open_tokens == 0
+
+
 def test_a_cached_prefix_is_where_the_sample_starts():
     assembler, _ = make()
     capture(assembler, 16, 4, prompt=20)
