@@ -4,8 +4,9 @@
 
 A simulation of the trainer's first process (``trainer/online.py``): take in what has come, then train a step, which
 lasts ``--step-s``; meanwhile what comes waits in the servers' rings, and what finds no room is left out. What it costs
-to take a message in is measured here first, with the exporter's link and the trainer's inbox (``--way``). Then two rows
-of the simulation are checked against four real exporter processes and a reader whose step is a sleep of that length.
+to take in a message, each request's span of it, and each byte, is measured here first, with the exporter's link and the
+trainer's inbox (``--way``). Then two rows of the simulation are checked against four real exporter processes and a
+reader whose step is a sleep of that length.
 Poisson arrivals, messages of equal size; the trainer's step is given, not measured: take it from
 ``benchmarks/trainer_vs_specforge.py`` on the machine in question.
 """
@@ -42,6 +43,8 @@ SIMULATED_S, CHECKED_S, QUICKLY_CHECKED_S, CALIBRATED_S = 120.0, 20.0, 8.0, 4.0
 EXPORTERS = 4
 _LEAST_CYCLES = 200
 _PASSES = 16  # of a request
+_SPANS = 64  # of a message whose spans' cost is measured
+_CALM_MESSAGES_S, _CALM_BYTES_S = 200.0, 1e8
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class Setting:
     hidden: int
     tokens_s: float  # that each server computes
     pass_tokens: int  # of a message
+    requests: int  # that share them: each has a span of the message
     ring_bytes: int
     step_s: float
     step_tokens: int
@@ -82,14 +86,16 @@ class Setting:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of taking a message in, seconds of the reader's first thread; and what one stream carries."""
+    """Of taking in, seconds of the reader's first thread; and what one stream carries."""
 
     message_s: float
+    span_s: float  # each one's part of its request's end among it
     byte_s: float
     stream_bytes_s: float
 
-    def of(self, nbytes: int) -> float:
-        return self.message_s + self.byte_s * nbytes
+    def of(self, given: Setting) -> float:
+        """A message."""
+        return self.message_s + self.span_s * given.requests + self.byte_s * given.message_bytes
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ class Row:
 
 def simulate(servers: int, given: Setting, cost: Cost, seconds: float = SIMULATED_S) -> Row:
     random = np.random.default_rng(0)
-    taking_s = cost.of(given.message_bytes)
+    taking_s = cost.of(given)
     now_s = ingested_s = 0.0
     paid, steps, offered, taken = 0.0, 0, 0, 0
     highest, cycles = 0.0, 0
@@ -162,16 +168,20 @@ def export(endpoint: str, given: Setting, seconds: float, keys: tuple[Identity, 
         if (region := ring.reserve(given.message_bytes)) is None:
             left_out += 1
             continue
-        rid, place = str(number // _PASSES), number % _PASSES
         aux, last = (
             part.view(torch.bfloat16).view(shape)
             for part, shape in zip((region.bytes[:cut], region.bytes[cut:]), shapes.values(), strict=True)
         )
-        span = Span(rid, place * given.pass_tokens, given.pass_tokens, 0, 1, 0)
-        link.send_states(Captured(stream, sent, 0, [span], layouts), [aux, last, tokens_N], region)
+        each, spans, ended = given.pass_tokens // given.requests, [], []
+        for i in range(given.requests):
+            nth, place = divmod(number + i, _PASSES)  # requests end one after another, not all at once
+            spans.append(Span(f"{i}-{nth}", place * each, each, i * each, 1, 0))
+            if place == _PASSES - 1:
+                ended.append(spans[-1].rid)
+        link.send_states(Captured(stream, sent, 0, spans, layouts), [aux, last, tokens_N], region)
         sent += given.pass_tokens
-        if place == _PASSES - 1:
-            link.send(Finished(stream, sent, rid, _PASSES * given.pass_tokens, False))
+        for rid in ended:
+            link.send(Finished(stream, sent, rid, _PASSES * each, False))
     said.send((number, left_out, highest))
     link.close()
 
@@ -227,20 +237,34 @@ def fleet(given: Setting, streams: int, seconds: float) -> Iterator[tuple[Reader
 
 
 def calibrate(given: Setting) -> Cost:
-    """From one stream as fast as it goes, in messages of two sizes."""
-    found = []
-    for tokens in (1, max(64, given.pass_tokens)):
-        flat_out = replace(given, pass_tokens=tokens, tokens_s=tokens * 1e6, ring_bytes=256 << 20)
-        with fleet(flat_out, 1, CALIBRATED_S) as (reader, ears, _):
-            reader.run(lambda reader=reader: reader.messages > 0, trains=False)
-            before, cpu_s, started_s = reader.messages, time.thread_time(), time.perf_counter()
-            reader.run(ears[0].poll, trains=False)
-            cpu_s, wall_s = time.thread_time() - cpu_s, time.perf_counter() - started_s
-            messages = max(1, reader.messages - before)
-            found.append((flat_out.message_bytes, cpu_s / messages, messages * flat_out.message_bytes / wall_s))
-    (small, small_s, _), (large, large_s, stream_bytes_s) = found
-    byte_s = max(0.0, (large_s - small_s) / (large - small))
-    return Cost(max(0.0, small_s - byte_s * small), byte_s, stream_bytes_s)
+    """From one stream, at a rate that leaves the cores room: messages of one token, of many, and of many requests of
+    one token each. Then from one as fast as it goes."""
+    many = max(64, given.pass_tokens)
+    small, large, shared = (_taking_s(given, *kind) for kind in ((1, 1), (many, 1), (_SPANS, _SPANS)))
+    token_bytes = replace(given, pass_tokens=1).message_bytes
+    byte_s = max(0.0, (large - small) / ((many - 1) * token_bytes))
+    span_s = max(0.0, (shared - small) / (_SPANS - 1) - byte_s * token_bytes)
+    flat_out = replace(given, pass_tokens=many, requests=1, tokens_s=many * 1e6, ring_bytes=256 << 20)
+    messages, _, seconds = _stream(flat_out)
+    stream_bytes_s = messages * flat_out.message_bytes / seconds
+    return Cost(max(0.0, small - span_s - byte_s * token_bytes), span_s, byte_s, stream_bytes_s)
+
+
+def _taking_s(given: Setting, pass_tokens: int, requests: int) -> float:
+    """Seconds of the reader's thread that a message takes."""
+    one = replace(given, pass_tokens=pass_tokens, requests=requests, ring_bytes=256 << 20)
+    messages_s = min(_CALM_MESSAGES_S, _CALM_BYTES_S / one.message_bytes)
+    messages, taking_s, _ = _stream(replace(one, tokens_s=messages_s * pass_tokens))
+    return taking_s / messages
+
+
+def _stream(given: Setting) -> tuple[int, float, float]:
+    """One stream for a while, and who takes it in at once: messages, seconds spent on them, and seconds in all."""
+    with fleet(given, 1, CALIBRATED_S) as (reader, ears, _):
+        reader.run(lambda: reader.messages > 0, trains=False)
+        before, spent_s, started_s = reader.messages, reader.ingested_s, time.perf_counter()
+        reader.run(ears[0].poll, trains=False)
+        return reader.messages - before, reader.ingested_s - spent_s, time.perf_counter() - started_s
 
 
 def check(given: Setting, cost: Cost, seconds: float) -> tuple[Row, Row]:
@@ -278,6 +302,7 @@ def main(
     hidden: Annotated[int, typer.Option(min=1, help="Hidden size of the target.")] = 4096,
     tokens_s: Annotated[float, typer.Option(min=0.1, help="Tokens a second that each server computes.")] = 2000.0,
     pass_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a pass, which is a message.")] = 64,
+    requests: Annotated[int, typer.Option(min=1, help="Requests that share them.")] = 16,
     ring_mb: Annotated[int, typer.Option(min=1, help="The servers' --draft-training-ring-mb.")] = 256,
     step_s: Annotated[float, typer.Option(min=0.001, help="Seconds of a training step.")] = 0.5,
     step_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a training step.")] = 8192,
@@ -288,23 +313,29 @@ def main(
     torch.set_num_threads(1)
     if way not in Transport.__args__:
         raise typer.BadParameter(f"{way!r} is not accepted; give {' or '.join(Transport.__args__)}", param_hint="--way")
-    given = Setting(way, hidden, tokens_s, pass_tokens, ring_mb << 20, step_s, step_tokens, epochs_per_token)
+    if pass_tokens % requests:
+        raise typer.BadParameter(
+            f"{requests} requests cannot share {pass_tokens} tokens alike; give a divisor", param_hint="--requests"
+        )
+    given = Setting(way, hidden, tokens_s, pass_tokens, requests, ring_mb << 20, step_s, step_tokens, epochs_per_token)
     cost = calibrate(given)
     print(
-        f"measured: {1e6 * cost.message_s:.0f} us a message and {1e9 * cost.byte_s:.3f} ns a byte of the trainer's "
-        f"first thread; one stream carries {cost.stream_bytes_s / 1e9:.2f} GB/s"
+        f"measured: {1e6 * cost.message_s:.0f} us a message, {1e6 * cost.span_s:.1f} us a span and "
+        f"{1e9 * cost.byte_s:.3f} ns a byte of the trainer's first thread; "
+        f"one stream carries {cost.stream_bytes_s / 1e9:.2f} GB/s"
     )
     rows = [simulate(servers, given, cost) for servers in FLEETS]
     show(f"simulated: {given}", [(str(row.servers), row) for row in rows])
     samples: list[dict[str, Any]] = [{"kind": "simulated", **asdict(given), **asdict(row)} for row in rows]
     ratios: dict[str, float] = {}
     # Small enough for four processes on two cores; the second so that some find no room.
-    small = replace(given, hidden=1024, tokens_s=1280.0, pass_tokens=32, step_tokens=1024)
+    small = replace(given, hidden=1024, tokens_s=1280.0, pass_tokens=32, requests=8, step_tokens=1024)
     calm = replace(small, ring_bytes=64 << 20, step_s=0.4)
     for name, checked in {"calm": calm, "tight": replace(calm, ring_bytes=4 << 20, step_s=2.0)}.items():
         predicted, real = check(checked, cost, QUICKLY_CHECKED_S if quick else CHECKED_S)
         show(f"checked ({name}): {checked}", [("4, simulated", predicted), ("4, real", real)])
         ratios[f"{name}: captured, simulated against real"] = predicted.captured / real.captured
+        ratios[f"{name}: time taking in, simulated against real"] = predicted.ingesting / max(real.ingesting, 1e-9)
         ratios[f"{name}: ring, simulated against real"] = predicted.ring_mb / max(real.ring_mb, 1e-9)
         samples += [
             {"kind": f"{name}, {kind}", **asdict(checked), **asdict(row)}
