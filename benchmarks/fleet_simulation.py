@@ -44,7 +44,7 @@ EXPORTERS = 4
 _LEAST_CYCLES = 200
 _PASSES = 16  # of a request
 _SPANS = 64  # of a message whose spans' cost is measured
-_CALM_MESSAGES_S, _CALM_BYTES_S = 200.0, 1e8
+_CALM_MESSAGES_S, _CALM_BYTES_S, _PAUSE_S = 200.0, 1e8, 0.2
 
 
 @dataclass(frozen=True)
@@ -237,16 +237,16 @@ def fleet(given: Setting, streams: int, seconds: float) -> Iterator[tuple[Reader
 
 
 def calibrate(given: Setting) -> Cost:
-    """From one stream, at a rate that leaves the cores room: messages of one token, of many, and of many requests of
-    one token each. Then from one as fast as it goes."""
+    """From one stream, at a rate that leaves the cores room and taken in some messages at a time, as between steps:
+    messages of one token, of many, and of many requests of one token each. Then from one as fast as it goes."""
     many = max(64, given.pass_tokens)
     small, large, shared = (_taking_s(given, *kind) for kind in ((1, 1), (many, 1), (_SPANS, _SPANS)))
     token_bytes = replace(given, pass_tokens=1).message_bytes
     byte_s = max(0.0, (large - small) / ((many - 1) * token_bytes))
     span_s = max(0.0, (shared - small) / (_SPANS - 1) - byte_s * token_bytes)
     flat_out = replace(given, pass_tokens=many, requests=1, tokens_s=many * 1e6, ring_bytes=256 << 20)
-    messages, _, seconds = _stream(flat_out)
-    stream_bytes_s = messages * flat_out.message_bytes / seconds
+    messages, _ = _stream(flat_out)
+    stream_bytes_s = messages * flat_out.message_bytes / CALIBRATED_S
     return Cost(max(0.0, small - span_s - byte_s * token_bytes), span_s, byte_s, stream_bytes_s)
 
 
@@ -254,25 +254,22 @@ def _taking_s(given: Setting, pass_tokens: int, requests: int) -> float:
     """Seconds of the reader's thread that a message takes."""
     one = replace(given, pass_tokens=pass_tokens, requests=requests, ring_bytes=256 << 20)
     messages_s = min(_CALM_MESSAGES_S, _CALM_BYTES_S / one.message_bytes)
-    messages, taking_s, _ = _stream(replace(one, tokens_s=messages_s * pass_tokens))
+    messages, taking_s = _stream(replace(one, tokens_s=messages_s * pass_tokens), _PAUSE_S)
     return taking_s / messages
 
 
-def _stream(given: Setting) -> tuple[int, float, float]:
-    """One stream for a while, and who takes it in at once: messages, seconds spent on them, and seconds in all."""
+def _stream(given: Setting, pause_s: float = 0.0) -> tuple[int, float]:
+    """What comes of one exporter in ``CALIBRATED_S``: messages, and the seconds that they took to take in, with a pause
+    after each time."""
     with fleet(given, 1, CALIBRATED_S) as (reader, ears, _):
-        reader.run(lambda: reader.messages > 0, trains=False)
-        before, spent_s, started_s = reader.messages, reader.ingested_s, time.perf_counter()
-        reader.run(ears[0].poll, trains=False)
-        return reader.messages - before, reader.ingested_s - spent_s, time.perf_counter() - started_s
+        reader.run(lambda: ears[0].poll(pause_s), trains=False)
+        return max(1, reader.messages), reader.ingested_s
 
 
 def check(given: Setting, cost: Cost, seconds: float) -> tuple[Row, Row]:
     """The simulation's row for four servers, and what four processes did in so many seconds."""
     with fleet(given, EXPORTERS, seconds) as (reader, ears, processes):
-        started_s = time.perf_counter()
         reader.run(lambda: all(ear.poll() for ear in ears) or not any(p.is_alive() for p in processes))
-        wall_s = time.perf_counter() - started_s
         said = [ear.recv() for ear in ears]
     offered, left_out = sum(number for number, _, _ in said), sum(out for _, out, _ in said)
     wanted = given.credit * reader.messages * given.pass_tokens / given.step_tokens
@@ -280,7 +277,7 @@ def check(given: Setting, cost: Cost, seconds: float) -> tuple[Row, Row]:
         servers=EXPORTERS,
         captured=1 - left_out / offered,
         trained=min(1.0, reader.steps / max(1.0, wanted)),
-        ingesting=reader.ingested_s / wall_s,
+        ingesting=reader.ingested_s / seconds,  # the processes' start is left out
         ring_mb=max(held for _, _, held in said) / 1e6,
         network_gbit_s=8e-9 * reader.messages * given.message_bytes / seconds if given.way == "tcp" else 0.0,
     )

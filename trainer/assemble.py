@@ -149,15 +149,13 @@ class Assembler:
 
     def _finish(self, message: Finished) -> list[Sample]:
         key = (message.stream, message.rid)
-        if (request := self._close(key)) is None:
+        if key not in self._open:
             return []
-        sample = None
-        if message.cut_short:
-            self._ledger.drop("cut_short", request.tokens)
-        elif self._prompts_only:
-            self._ledger.drop("kept_as_prefix", request.tokens)
-        elif request.pieces:
-            sample = self._assemble(message.rid, request, message.total_tokens)
+        if message.cut_short or self._prompts_only:
+            self._give_up(key, "cut_short" if message.cut_short else "kept_as_prefix")
+            return []
+        request = self._close(key)
+        sample = self._assemble(message.rid, request, message.total_tokens) if request.pieces else None
         request.gathered.let_go()
         return [sample] if sample else []
 
@@ -166,14 +164,13 @@ class Assembler:
         self._ledger.drop(reason, request.tokens)
         request.gathered.let_go()
 
-    def _close(self, key: tuple[str, str]) -> _Open | None:
+    def _close(self, key: tuple[str, str]) -> _Open:
         """Take an open request out; what still comes of it is past its end."""
-        request = self._open.pop(key, None)
-        if request is not None:
-            self.open_tokens -= request.tokens
-            self._ended[key] = None
-            if len(self._ended) > _REMEMBERED_ENDS:
-                self._ended.popitem(last=False)
+        request = self._open.pop(key)
+        self.open_tokens -= request.tokens
+        self._ended[key] = None
+        if len(self._ended) > _REMEMBERED_ENDS:
+            self._ended.popitem(last=False)
         return request
 
     def _assemble(self, rid: str, request: _Open, total_tokens: int) -> Sample | None:

@@ -51,18 +51,14 @@ class HostRing:
         return self._reserved - self._released
 
     def room_bytes(self) -> int:
-        """The largest region that can be had now; releasing only adds to it."""
-        if not self.used_bytes:
-            return self.capacity_bytes
-        free, tail = self.capacity_bytes - self.used_bytes, self.capacity_bytes - self._next
+        """The largest region that can be had now; releasing only adds to it. Of the reserving thread."""
+        free, tail = self.capacity_bytes - self.used_bytes, self.capacity_bytes - self._find_place()
         return free if free <= tail else max(tail, free - tail)
 
     def reserve(self, nbytes: int) -> Region | None:
         """A region of ``nbytes``, or None where there is no room for it now."""
         size = -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-        if not self.used_bytes:
-            self._origin = self._reserved
-        start = self._next
+        start = self._find_place()
         skipped = 0 if start + size <= self.capacity_bytes else self.capacity_bytes - start
         if self.used_bytes + skipped + size > self.capacity_bytes:
             return None
@@ -72,9 +68,10 @@ class HostRing:
         self._reserved = region.end
         return region
 
-    @property
-    def _next(self) -> int:
-        """Where the next region begins, if it ends before the ring does."""
+    def _find_place(self) -> int:
+        """Where the next region begins, if it ends before the ring does; an empty one is begun anew."""
+        if not self.used_bytes:
+            self._origin = self._reserved
         return (self._reserved - self._origin) % self.capacity_bytes
 
     def release(self, region: Region) -> None:
