@@ -26,8 +26,8 @@ def test_every_benchmark_runs_with_nothing_but_quick_and_a_file_for_its_figures(
     assert not [p.name for p in command.params if p.required]
 
 
-# Without a server, and done within a minute and a half; the others are slow.
-QUICK_ENOUGH = ("ab_simulation", "chain_sampling", "fleet_simulation", "transport")
+# Without a server, and done within a minute; the others are slow.
+QUICK_ENOUGH = ("ab_simulation", "chain_sampling", "transport")
 
 
 @pytest.mark.parametrize(

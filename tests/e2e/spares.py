@@ -1,4 +1,5 @@
-"""Servers whose processes need not import SGLang, which is most of a start on two cores: each copies one that has.
+"""Servers whose processes, the trainer's among them, need not import SGLang and torch, which is most of a start on two
+cores: each copies one that has.
 
 Each process gets what it would get by ``spawn`` (its parent, its environment, its pickled arguments and nothing else of
 its parent's), but begins as a spare that was forked before anything of SGLang had run.
@@ -16,15 +17,26 @@ from functools import cache
 from multiprocessing import forkserver, popen_fork, popen_forkserver, popen_spawn_posix, process, reduction, spawn, util
 from multiprocessing.context import ForkServerContext, SpawnProcess, set_spawning_popen
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, BinaryIO
 from unittest.mock import patch
 
+from sglang_specforge import supervisor
 from sglang_specforge.server_process import ServerProcess
+from sglang_specforge.settings import SERVER_PID_VARIABLE
 
-_IMPORTED = ["sglang.launch_server", "sglang.srt.entrypoints.http_server", "sglang.srt.managers.scheduler"]
+_IMPORTED = [
+    "sglang.launch_server",
+    "sglang.srt.entrypoints.http_server",
+    "sglang.srt.managers.scheduler",
+    "sglang.srt.models.registry",
+    "sglang_specforge.routes",
+    "trainer.cli",
+]
 _READ_WHEN_IMPORTED = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
-_READ_LATER = {"SGLANG_CPU_OMP_THREADS_BIND", "PYTEST_CURRENT_TEST"}
-_SPARES = 3  # of each process: two ranks and the detokenizer; any more are spawned
+_READ_LATER = {"SGLANG_CPU_OMP_THREADS_BIND", "PYTEST_CURRENT_TEST", "GLOO_SOCKET_IFNAME", SERVER_PID_VARIABLE}
+_READ_LATER |= {"MKL_NUM_THREADS"}  # of a trainer, and the same as OMP_NUM_THREADS
+_SPARES = 4  # of each process: two ranks, the detokenizer and the trainer; any more are spawned
 
 
 class QuickServer(ServerProcess):
@@ -33,10 +45,16 @@ class QuickServer(ServerProcess):
     def _spawn(self) -> Any:
         if _read_early(self._environment) != _usual():
             return super()._spawn()
-        _, _, module, *arguments = self._command
-        server = _with_sglang().Process(target=_serve, args=(module, arguments, self._environment, self.log))
+        server = _with_sglang().Process(target=_serve, args=(self._command[1:], self._environment, self.log))
         server.start()
         return _Child(server)
+
+
+def start_trainer(arguments: list[str], environment: dict[str, str], log: Path) -> "_Child":
+    """One that no server starts, by what stands after ``python``."""
+    trainer = _with_sglang().Process(target=_train, args=(arguments, environment, log))
+    trainer.start()
+    return _Child(trainer)
 
 
 class _Child:
@@ -51,6 +69,9 @@ class _Child:
 
     def poll(self) -> int | None:
         return self._child.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
 
     def wait(self, timeout: float | None = None) -> int:
         self._child.join(timeout)
@@ -77,16 +98,42 @@ def _with_sglang() -> ForkServerContext:
     return context
 
 
-def _serve(module: str, arguments: list[str], environment: dict[str, str], log: Path) -> None:
-    """``python -m module`` with these arguments."""
+def _serve(arguments: list[str], environment: dict[str, str], log: Path) -> None:
     os.setsid()
+    _take_over(environment, log)
+    _keep_spares()
+    supervisor.subprocess = SimpleNamespace(**{**vars(subprocess), "Popen": _start_supervised})
+    _run(*arguments)
+
+
+def _start_supervised(command: list[str], *, env: dict[str, str], stdout: BinaryIO, **same: Any) -> Any:
+    """In the place of ``subprocess.Popen``."""
+    if command[1:] != ["-m", "trainer"] or _read_early(env) != _read_early(dict(os.environ)):
+        return subprocess.Popen(command, env=env, stdout=stdout, **same)
+    trainer = SpawnProcess(target=_train, args=(command[1:], env, Path(stdout.name)), daemon=True)
+    trainer.start()
+    return _Child(trainer)
+
+
+def _train(arguments: list[str], environment: dict[str, str], log: Path) -> None:
+    _take_over(environment, log)
+    _run(*arguments)
+
+
+def _take_over(environment: dict[str, str], log: Path) -> None:
     with log.open("ab") as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
     _set_environment(environment)
-    _keep_spares()
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def _run(kind: str, what: str, *arguments: str) -> None:
+    """``python`` with these arguments: -m and a module, or -c and a program, and its own."""
+    sys.argv = [what if kind == "-m" else kind, *arguments]
+    if kind == "-m":
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+    else:
+        exec(what, {"__name__": "__main__"})
 
 
 def _set_environment(environment: dict[str, str]) -> None:

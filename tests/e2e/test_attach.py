@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from tests.e2e.conftest import TRAINING, assert_every_token_is_accounted_for, outputs, prompts, settled, wait_for
+from tests.e2e.spares import start_trainer
 from tests.e2e.test_layouts import NO_CACHE
 
 STREAMED = {"trainer": "none", "draft-vocab-size": 768, "gate": "off"}
@@ -24,14 +25,17 @@ class AttachedTrainer:
     """``torchrun --nproc-per-node 2 -m trainer attach``, or as ``program`` says; ended with the test."""
 
     def __init__(self, clients, run_dir, program=TORCHRUN, flags=()):
-        command = [sys.executable, *program, "attach", "--run-dir", run_dir]
+        command = [*program, "attach", "--run-dir", run_dir]
         command += [part for client in clients for part in ("--server", client.server.url)]
         command += [part for name, value in FLAGS.items() for part in (f"--{name}", value)]
-        command += flags
+        command = list(map(str, [*command, *flags]))
         self.log, self.metrics = run_dir.with_suffix(".log"), run_dir / "metrics.jsonl"
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        with self.log.open("ab") as out:
-            self._process = subprocess.Popen(list(map(str, command)), stdout=out, stderr=out, env=environment)
+        if program == TORCHRUN:
+            with self.log.open("ab") as out:
+                self._process = subprocess.Popen([sys.executable, *command], stdout=out, stderr=out, env=environment)
+        else:
+            self._process = start_trainer(command, environment, self.log)
         for client in clients:
             wait_for("the trainer reads", lambda client=client: is_read(client))
 

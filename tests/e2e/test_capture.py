@@ -72,6 +72,7 @@ def test_a_budget_leaves_whole_requests_out_and_no_output_changes(start, referen
     assert "ring_full" not in requests["left_out"]
 
 
+@pytest.mark.slow
 def test_a_sample_of_the_requests_is_captured_whole(start):
     client = start("--dtype", "float32", "--disable-radix-cache", training={**TRAINING, "capture-sample": 0.5})
     before = requests_of(client)

@@ -72,6 +72,7 @@ def test_an_operator_switches_it_and_a_comparison_has_it_on(client, reference):
     assert events(client, "drafting_mode")[-1]["why"] == "to see"
 
 
+@pytest.mark.slow
 def test_all_ranks_switch_at_the_same_step(start, reference):
     expected = reference()
     client = start("--dtype", "float32", training={**AUTO, "trainer": "none"}, tp=2)

@@ -103,7 +103,8 @@ def test_requests_about_images_are_learnt_from_and_no_answer_changes(start, tmp_
     assert_every_token_is_accounted_for(status)
 
 
-@pytest.mark.parametrize("family", ["qwen3_vl", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
 def test_a_draft_that_turns_by_time_height_and_width_reads_images_as_it_is_trained_to(start, tmp_path, family):
     """As drafts for these targets from elsewhere do; those that are made here turn by one position."""
     target = make_target(family, tmp_path / "target")

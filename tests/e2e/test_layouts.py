@@ -59,12 +59,13 @@ def test_tree_drafts_and_two_trainer_processes(start, reference):
     assert status["trainer"]["parity"]["agreed"] == status["trainer"]["parity"]["compared"]
 
 
-def test_two_tensor_parallel_ranks(start, reference):
+def test_two_tensor_parallel_ranks_with_pages_of_several_tokens_and_what_is_cached_of_them(start, reference):
     expected = reference()
-    client = start("--dtype", "float32", NO_CACHE, training=STEADY, tp=2)
-    status = run_loop(client, expected, acceptance=1.5)
+    client = start("--dtype", "float32", "--page-size", 16, training=STEADY, tp=2)
+    status = run_loop(client, expected, acceptance=1.3)
     assert len(status["export"]) == 1
     assert status["acceptance_by_version"]["0"]["length"] < 1.1
+    assert status["trainer"]["prefixes"]["restored_tokens"] > 0
     assert status["trainer"]["parity"]["agreed"] == status["trainer"]["parity"]["compared"]
 
 
@@ -76,21 +77,6 @@ def test_two_replicas_each_export_their_own_requests(start, reference):
     assert len({export["stream"] for export in status["export"]}) == 2
     assert min(export["captured"] for export in status["export"]) > 0.2 * status["tokens"]["captured"]
     assert status["trainer"]["parity"]["agreed"] == status["trainer"]["parity"]["compared"]
-
-
-def test_pages_of_several_tokens_and_what_is_cached_of_them(start, reference):
-    expected = reference()
-    status = run_loop(start("--dtype", "float32", "--page-size", 16, training=STEADY), expected)
-    assert status["trainer"]["prefixes"]["restored_tokens"] > 0
-    assert status["trainer"]["parity"]["agreed"] == status["trainer"]["parity"]["compared"]
-
-
-def test_states_that_travel_in_fewer_bytes(start, reference):
-    expected = reference()
-    client = start("--dtype", "float32", NO_CACHE, training={**STEADY, "capture-dtype": "float8"})
-    status = run_loop(client, expected, acceptance=1.5)
-    parity = status["trainer"]["parity"]
-    assert parity["agreed"] > 0.9 * parity["compared"]  # near ties fall otherwise in 8 bits
 
 
 YARN = {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 2048}}
@@ -105,7 +91,7 @@ def test_bf16_normed_heads_and_overridden_rotary_settings_of_a_draft_made_by_han
     status = run_loop(client)
     assert status["draft"]["started_from"].endswith("versions/given")
     parity = status["trainer"]["parity"]
-    assert parity["agreed"] >= 0.99 * parity["compared"]
+    assert parity["agreed"] >= 0.98 * parity["compared"]  # near ties fall otherwise in bfloat16
 
     # SGLang takes embeddings in bfloat16 alone.
     embed_VH = load_file(TARGET / "model.safetensors")["model.embed_tokens.weight"]
@@ -116,14 +102,15 @@ def test_bf16_normed_heads_and_overridden_rotary_settings_of_a_draft_made_by_han
     assert after["tokens"]["captured"] == status["tokens"]["captured"]
 
 
-def test_a_quantized_target_gets_drafts_as_trained(start, monkeypatch):
+def test_a_quantized_target_gets_drafts_as_trained_on_states_that_travel_in_fewer_bytes(start, monkeypatch):
     customize_servers(monkeypatch, "fp8_on_cpu")
-    client = start("--dtype", "bfloat16", NO_CACHE, "--quantization", "w8a8_fp8", training=STEADY)
+    quantized = ("--dtype", "bfloat16", NO_CACHE, "--quantization", "w8a8_fp8")
+    client = start(*quantized, training={**STEADY, "capture-dtype": "float8"})
     info = client.get("/server_info").json()
     assert info["quantization"] == "w8a8_fp8"
-    status = run_loop(client)
+    status = run_loop(client, acceptance=1.3)
     parity = status["trainer"]["parity"]
-    assert parity["agreed"] >= 0.98 * parity["compared"]
+    assert parity["agreed"] > 0.9 * parity["compared"]  # near ties fall otherwise in 8 bits
 
 
 @pytest.fixture(scope="module")
@@ -135,6 +122,7 @@ def moe(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_experts_in_parallel(start, reference, moe):
     expected = reference(moe)
     client = start("--dtype", "float32", NO_CACHE, "--ep-size", 2, training=STEADY, model=moe, tp=2)
@@ -142,9 +130,10 @@ def test_experts_in_parallel(start, reference, moe):
     assert status["trainer"]["parity"]["agreed"] == status["trainer"]["parity"]["compared"]
 
 
-def test_data_parallel_attention(start, reference, moe):
+def test_experts_in_parallel_under_data_parallel_attention(start, reference, moe):
     expected = reference(moe)
-    client = start("--dtype", "float32", NO_CACHE, "--attn-dp-size", 2, training=STEADY, model=moe, tp=2)
+    layout = ("--ep-size", 2, "--attn-dp-size", 2)
+    client = start("--dtype", "float32", NO_CACHE, *layout, training=STEADY, model=moe, tp=2)
     status = run_loop(client, expected)
     assert len({export["stream"] for export in status["export"]}) == 2
     assert min(export["captured"] for export in status["export"]) > 0.2 * status["tokens"]["captured"]

@@ -35,6 +35,7 @@ def nodes(start, tmp_path):
         server.stop()
 
 
+@pytest.mark.slow
 def test_a_rank_of_another_node_drafts_with_the_same_versions(nodes, reference, tmp_path):
     expected = reference()
     client = nodes(tmp_path / "run", tmp_path / "run", "--enable-metrics")
@@ -64,6 +65,7 @@ def test_a_trainer_that_listens_learns_from_the_requests_of_both_nodes(nodes, re
     assert min(export["captured"] for export in status["export"]) > 0.2 * status["tokens"]["captured"]
 
 
+@pytest.mark.slow
 def test_nodes_with_run_folders_of_their_own_do_not_start(nodes, tmp_path):
     with pytest.raises(ServerFailed):
         nodes(tmp_path / "run", tmp_path / "elsewhere")

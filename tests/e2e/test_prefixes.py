@@ -17,7 +17,7 @@ def chat(client, system, questions):
     return len(questions)
 
 
-@pytest.mark.parametrize("store_mb", [512, 1])
+@pytest.mark.parametrize("store_mb", [pytest.param(512, marks=pytest.mark.slow), 1])
 def test_turns_of_chats_are_trained_on_from_their_beginning(start, tmp_path, store_mb):
     store = {"prefix-store-mb": store_mb, "prefix-spill-dir": tmp_path}
     client = start("--dtype", "float32", "--chunked-prefill-size", 128, training={**TRAINING, **store})

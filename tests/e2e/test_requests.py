@@ -186,7 +186,8 @@ def test_states_that_are_not_finite_stay_out_and_the_trainer_goes_on(start, tmp_
     tensors = load_file(target / "model.safetensors")
     tensors["model.embed_tokens.weight"][(broken := 1000)] = torch.inf
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    client = start("--dtype", "float32", "--disable-radix-cache", model=target, training=TRAINING)
+    training = {**TRAINING, "publish-every-s": 4}
+    client = start("--dtype", "float32", "--disable-radix-cache", model=target, training=training)
 
     def answered_and_trained():
         with ThreadPoolExecutor(4) as pool:

@@ -143,7 +143,10 @@ def test_the_guard_takes_back_a_worse_draft_that_was_forced_past_the_gate(learni
     assert learning.post("/draft/activate", json={"version": proposed[-1]["version"]}).json()["changed"]
 
 
-@pytest.fixture(params=["its own trainer", "attached trainer", "trainer elsewhere"])
+ELSEWHERE = [pytest.param(where, marks=pytest.mark.slow) for where in ("attached trainer", "trainer elsewhere")]
+
+
+@pytest.fixture(params=["its own trainer", *ELSEWHERE])
 def not_learning(start, request, tmp_path):
     """A server whose trainer's draft stays what it is."""
     settings, rate = {**LEARNING, "learning-rate": 1e-9}, ("--learning-rate", 1e-9)
@@ -477,6 +480,7 @@ def test_a_leader_that_is_killed_leaves_no_server_with_an_arm_of_its(two_servers
     assert all("was not heard of" in events(client, "ab_left")[-1]["why"] for client in two_servers)
 
 
+@pytest.mark.slow
 def test_where_one_server_is_taken_none_takes_part_and_the_reason_is_told(two_servers, drafts):
     before = [active(client) for client in two_servers]
     arms = [add(two_servers[1], draft) for draft in drafts]

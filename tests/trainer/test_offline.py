@@ -1,10 +1,10 @@
 """Stored datasets: what comes back, what is damaged, and training that goes on exactly where it was killed."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 
 import pyarrow.parquet as pq
@@ -123,11 +123,11 @@ def test_the_loss_mask_is_on_the_answer_wherever_images_put_it():
 
 
 def test_slices_are_drawn_by_their_weights_and_evaluated_apart(tmp_path, data):
-    main(flags(tmp_path / "run", data, slice_weights="even=2.5,odd=0.5", epochs=40, holdout_every=4))
+    main(flags(tmp_path / "run", data, slice_weights="even=2.5,odd=0.5", epochs=20, holdout_every=4))
     samples = StoredSamples(data)
     tokens = Counter()
     for entry in Split.of(samples.entries, 4).training:
-        tokens[entry.slice] += 40 * entry.length * {"even": 2.5, "odd": 0.5}[entry.slice]
+        tokens[entry.slice] += 20 * entry.length * {"even": 2.5, "odd": 0.5}[entry.slice]
     lines = [json.loads(line) for line in _lines(tmp_path / "run")]
     assert sum(line.get("tokens", 0) for line in lines) == pytest.approx(tokens.total(), rel=0.05)
     assert {"held_out_acceptance_length/even", "held_out_acceptance_length/odd"} <= set(lines[-1])
@@ -193,11 +193,11 @@ def losses(run_dir):
     return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
-def test_killed_and_resumed_gives_the_losses_of_not_having_stopped(tmp_path, data):
+def test_killed_and_resumed_gives_the_losses_of_not_having_stopped(tmp_path, data, capsys):
     main(flags(tmp_path / "straight", data, max_steps=60))
     first = start(*flags(tmp_path / "killed", data, max_steps=60))
     while first.poll() is None and len(_lines(tmp_path / "killed")) < 33:
-        os.sched_yield()
+        time.sleep(0.01)
     first.send_signal(signal.SIGKILL)
     first.communicate()
     assert first.returncode == -signal.SIGKILL
@@ -206,8 +206,8 @@ def test_killed_and_resumed_gives_the_losses_of_not_having_stopped(tmp_path, dat
     said, _ = resumed.communicate(timeout=120)
     assert resumed.returncode == 0, said
     assert f"resumed from step {max(saved)}" in said
-    said, _ = (again := start(*flags(tmp_path / "killed", data, max_steps=60))).communicate(timeout=120)
-    assert (again.returncode, "is done, at step 60" in said) == (0, True), said
+    main(flags(tmp_path / "killed", data, max_steps=60))
+    assert "is done, at step 60" in capsys.readouterr().out
     expected = losses(tmp_path / "straight")
     assert list(expected) == list(range(1, 61))
     assert losses(tmp_path / "killed") == expected
@@ -218,7 +218,13 @@ def _lines(run_dir):
     return file.read_text().splitlines() if file.exists() else []
 
 
-@pytest.mark.parametrize("options", [{}, {"micro_batch_tokens": 24, "optimizer": "muon", "objective": "lk_lambda"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"micro_batch_tokens": 24, "optimizer": "muon", "objective": "lk_lambda"},
+    ],
+)
 def test_two_processes_give_the_losses_of_one(tmp_path, data, options):
     main(flags(tmp_path / "one", data, max_steps=25, **options))
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]

@@ -91,7 +91,7 @@ def ran(tmp_path):
     return run_loop
 
 
-@pytest.mark.parametrize("settings", [{}, {"optimizer": "muon"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, pytest.param({"optimizer": "muon"}, marks=pytest.mark.slow)], ids=str)
 def test_the_third_in_succession_takes_up_weights_and_vocabulary_and_two_processes_do_as_one(ran, settings):
     verdicts = [WORSE, A_LITTLE_WORSE, WORSE, WORSE, WORSE, WORSE]
     one, served, _ = ran(verdicts, **settings)

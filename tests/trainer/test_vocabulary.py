@@ -109,7 +109,7 @@ def learn(rank: int, processes: int, folder: Path, run: Run) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("settings", [{}, {"optimizer": "muon"}], ids=str)
+@pytest.mark.parametrize("settings", [pytest.param({}, marks=pytest.mark.slow), {"optimizer": "muon"}], ids=str)
 def test_rows_move_with_their_moments_and_two_processes_do_as_one(tmp_path, settings):
     target, told = make_target(tmp_path / "target"), []
     for processes in (1, 2):
