@@ -27,7 +27,7 @@ def test_every_benchmark_runs_with_nothing_but_quick_and_a_file_for_its_figures(
 
 
 # Without a server, and done within a minute; the others are slow.
-QUICK_ENOUGH = ("ab_simulation", "chain_sampling", "transport")
+QUICK_ENOUGH = ("ab_simulation", "chain_sampling")
 
 
 @pytest.mark.parametrize(

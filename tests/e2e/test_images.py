@@ -141,7 +141,8 @@ def save_tokenizer(target, family, folder):
 
 
 # A random Gemma 3 answers with marks of images, which SGLang's scheduler ends at when they come back in a prompt.
-@pytest.mark.parametrize("family", ["qwen3_vl", SLOW["qwen2_5_vl"], SLOW["gemma4"]])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl", "gemma4"])
 def test_data_that_show_images_are_stored_and_trained_on(start, tmp_path, family):
     target = make_target(family, tmp_path / "target")
     save_tokenizer(target, family, tmp_path / "tokenizer")

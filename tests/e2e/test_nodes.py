@@ -35,16 +35,16 @@ def nodes(start, tmp_path):
         server.stop()
 
 
-@pytest.mark.slow
 def test_a_rank_of_another_node_drafts_with_the_same_versions(nodes, reference, tmp_path):
     expected = reference()
     client = nodes(tmp_path / "run", tmp_path / "run", "--enable-metrics")
-    status = run_loop(client, expected, acceptance=1.3)
+    status = run_loop(client, expected)
     assert "sglang_specforge:swaps_total" in client.get("/metrics").text
     assert len(status["export"]) == 1
     assert status["trainer"]["parity"]["agreed"] == status["trainer"]["parity"]["compared"]
 
 
+@pytest.mark.slow
 def test_a_trainer_that_listens_learns_from_the_requests_of_both_nodes(nodes, reference, moe, tmp_path):  # noqa: F811
     expected = reference(moe)
     client = nodes(tmp_path / "run", tmp_path / "run", "--attn-dp-size", 2, training=STREAMED, model=moe)
