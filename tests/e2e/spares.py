@@ -34,8 +34,10 @@ _IMPORTED = [
     "trainer.cli",
 ]
 _READ_WHEN_IMPORTED = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1"}
-_READ_LATER = {"SGLANG_CPU_OMP_THREADS_BIND", "PYTEST_CURRENT_TEST", "GLOO_SOCKET_IFNAME", SERVER_PID_VARIABLE}
-_READ_LATER |= {"MKL_NUM_THREADS"}  # of a trainer, and the same as OMP_NUM_THREADS
+_READ_LATER = {
+    "SGLANG_CPU_OMP_THREADS_BIND", "PYTEST_CURRENT_TEST", "GLOO_SOCKET_IFNAME", SERVER_PID_VARIABLE,
+    "MKL_NUM_THREADS",  # of a trainer, where it says what OMP_NUM_THREADS does
+}  # fmt: skip
 _SPARES = 4  # of each process: two ranks, the detokenizer and the trainer; any more are spawned
 
 
