@@ -63,7 +63,7 @@ def test_a_trainer_elsewhere_improves_the_draft_and_every_token_is_accounted_for
 
     rounds = []
     wait_for("two versions that were brought to the server", swapped_twice, 240)
-    assert outputs(server.generate_all(prompts(24))) == reference()[:24]
+    assert outputs(server.generate_all(prompts(50))) == reference()
     status = settled(server)
     assert_every_token_is_accounted_for(status)
     assert [export["transport"] for export in status["export"]] == ["tcp"]
@@ -107,7 +107,7 @@ def test_others_are_refused_while_it_reads_and_told_why(server, trainer, folder)
 def test_a_killed_one_loses_its_lease_and_the_next_one_reads(server, folder, reference):
     killed = far_trainer(server, folder)
     killed.kill()
-    assert outputs(server.generate_all(prompts(24))) == reference()[:24]
+    assert outputs(server.generate_all(prompts(50))) == reference()
     wait_for("its lease runs out", lambda: server.status()["reader"]["lease"] is None)
     assert [export["transport"] for export in server.status()["export"]] != ["tcp"]
     again = far_trainer(server, folder)

@@ -62,8 +62,9 @@ def test_tree_drafts_and_two_trainer_processes(start, reference):
 def test_two_tensor_parallel_ranks(start, reference):
     expected = reference()
     client = start("--dtype", "float32", NO_CACHE, training=STEADY, tp=2)
-    status = run_loop(client, expected, acceptance=1.2)
+    status = run_loop(client, expected, acceptance=1.5)
     assert len(status["export"]) == 1
+    assert status["acceptance_by_version"]["0"]["length"] < 1.1
     assert status["trainer"]["parity"]["agreed"] == status["trainer"]["parity"]["compared"]
 
 
@@ -84,6 +85,15 @@ def test_pages_of_several_tokens_and_what_is_cached_of_them(start, reference):
     assert status["trainer"]["parity"]["agreed"] == status["trainer"]["parity"]["compared"]
 
 
+@pytest.mark.slow
+def test_states_that_travel_in_fewer_bytes(start, reference):
+    expected = reference()
+    client = start("--dtype", "float32", NO_CACHE, training={**STEADY, "capture-dtype": "float8"})
+    status = run_loop(client, expected, acceptance=1.5)
+    parity = status["trainer"]["parity"]
+    assert parity["agreed"] > 0.9 * parity["compared"]  # near ties fall otherwise in 8 bits
+
+
 YARN = {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 2048}}
 
 
@@ -96,7 +106,7 @@ def test_bf16_normed_heads_and_overridden_rotary_settings_of_a_draft_made_by_han
     status = run_loop(client)
     assert status["draft"]["started_from"].endswith("versions/given")
     parity = status["trainer"]["parity"]
-    assert parity["agreed"] >= 0.98 * parity["compared"]  # near ties fall otherwise in bfloat16
+    assert parity["agreed"] >= 0.99 * parity["compared"]
 
     # SGLang takes embeddings in bfloat16 alone.
     embed_VH = load_file(TARGET / "model.safetensors")["model.embed_tokens.weight"]
@@ -107,15 +117,14 @@ def test_bf16_normed_heads_and_overridden_rotary_settings_of_a_draft_made_by_han
     assert after["tokens"]["captured"] == status["tokens"]["captured"]
 
 
-def test_a_quantized_target_gets_drafts_as_trained_on_states_that_travel_in_fewer_bytes(start, monkeypatch):
+def test_a_quantized_target_gets_drafts_as_trained(start, monkeypatch):
     customize_servers(monkeypatch, "fp8_on_cpu")
-    quantized = ("--dtype", "bfloat16", NO_CACHE, "--quantization", "w8a8_fp8")
-    client = start(*quantized, training={**STEADY, "capture-dtype": "float8"})
+    client = start("--dtype", "bfloat16", NO_CACHE, "--quantization", "w8a8_fp8", training=STEADY)
     info = client.get("/server_info").json()
     assert info["quantization"] == "w8a8_fp8"
     status = run_loop(client)
     parity = status["trainer"]["parity"]
-    assert parity["agreed"] > 0.9 * parity["compared"]  # near ties fall otherwise in 8 bits
+    assert parity["agreed"] >= 0.98 * parity["compared"]
 
 
 @pytest.fixture(scope="module")

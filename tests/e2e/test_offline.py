@@ -130,7 +130,7 @@ def test_prepared_captured_trained_and_served(start, reference, tmp_path):
     for served in (Speculation(3), Speculation(3, topk=4, tokens=8)):
         client = start("--dtype", "float32", *speculative_flags(served, best), training=CAPTURING)
         samples, answers = serve_and_listen(client, prompts(100, seed=200))
-        assert outputs(client.generate_all(prompts(24))) == expected[:24]
+        assert outputs(client.generate_all(prompts(50))) == expected
         assert accepted(answers) > 1.5
         assert_simulation_agrees(client, best, served, samples, answers)
 

@@ -143,10 +143,13 @@ def test_the_guard_takes_back_a_worse_draft_that_was_forced_past_the_gate(learni
     assert learning.post("/draft/activate", json={"version": proposed[-1]["version"]}).json()["changed"]
 
 
-ELSEWHERE = [pytest.param(where, marks=pytest.mark.slow) for where in ("attached trainer", "trainer elsewhere")]
-
-
-@pytest.fixture(params=["its own trainer", *ELSEWHERE])
+@pytest.fixture(
+    params=[
+        "its own trainer",
+        pytest.param("attached trainer", marks=pytest.mark.slow),
+        pytest.param("trainer elsewhere", marks=pytest.mark.slow),
+    ]
+)
 def not_learning(start, request, tmp_path):
     """A server whose trainer's draft stays what it is."""
     settings, rate = {**LEARNING, "learning-rate": 1e-9}, ("--learning-rate", 1e-9)
